@@ -1,0 +1,25 @@
+"""Are the files of `czsl ablate` there, and are they sane?"""
+
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+out = Path(sys.argv[1])
+results = json.loads((out / "results.json").read_text())
+assert [row["number"] for row in results["rows"]] == [1, 2], "rows"
+for row in results["rows"]:
+    assert row["trainable_parameters"] > 0, row["name"]
+    for world in ("closed", "open"):
+        for protocol, numbers in row["summary"][world].items():
+            for name, spread in numbers.items():
+                value = spread["mean"]
+                assert 0 <= value <= 1, (row["name"], world, protocol, name, value)
+        # Guessing among the 48 test pairs is right one time in 48; a trained model must be far from that.
+        assert row["summary"][world]["standard"]["seen"]["mean"] > 0.1, (row["name"], world)
+page = (out / "ablation.md").read_text()
+assert all(row["name"] in page for row in results["rows"]), "ablation.md"
+with Image.open(out / "curves.png") as picture:
+    assert picture.size > (800, 300), "curves.png"
+print("the quick demo is sane")

@@ -1,0 +1,63 @@
+"""The one place that turns a wrong argument into a sentence: argument, expected, got."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] | None = FLOATS) -> None:
+    """Raise TypeError unless ``value`` is a tensor of one of ``dtypes`` (``None``: any)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected `{name}` to be a torch.Tensor, got {type(value).__name__}")
+    if dtypes is not None and value.dtype not in dtypes:
+        wanted = ", ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"expected `{name}` of dtype {wanted}, got {value.dtype}")
+
+
+def check_shapes(**named: tuple[Tensor, str]) -> dict[str, int]:
+    """Match tensors to axis names (``"batch tokens dim"``); a name means one size across all of them.
+
+    Returns the sizes by name. Raises ValueError with the offending tensor, the axes expected and the sizes so far.
+    """
+    sizes: dict[str, int] = {}
+    for name, (tensor, axes) in named.items():
+        expected = [int(axis) if axis.isdigit() else axis for axis in axes.split()]
+        known = dict(sizes)
+        fits = tensor.ndim == len(expected) and all(
+            size == (axis if isinstance(axis, int) else sizes.setdefault(axis, size))
+            for axis, size in zip(expected, tensor.shape)
+        )
+        if not fits:
+            text = ", ".join(f"{axis}={size}" for axis, size in known.items())
+            where = f" with {text}" if text else ""
+            raise ValueError(
+                f"expected `{name}` of shape ({axes.replace(' ', ', ')}){where}, got {tuple(tensor.shape)}"
+            )
+    return sizes
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raise ValueError unless ``low <= value <= high``."""
+    if not low <= value <= high:
+        bound = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ValueError(f"expected `{name}` to be {bound}, got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is above zero and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"expected `{name}` to be positive and finite, got {value}")
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise ValueError(f"expected `{name}` to be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,142 @@
+"""The ``czsl`` command: draw a data set, check one, reproduce an ablation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+def make_shapes(**arguments: Any) -> int:
+    """Write a shapes data set; the arguments are those of :func:`czsl_heads.data.make_shapes`."""
+    from czsl_heads.data.shapes import make_shapes as make_dataset
+
+    print(f"wrote {make_dataset(**arguments)}")
+    return 0
+
+
+def check(root: Path) -> int:
+    """Read a data set in the field's layout, decode every image, and print what is there.
+
+    Args:
+        root: Folder of the data set.
+
+    Returns:
+        0, or 1 if an image is broken.
+    """
+    from czsl_heads.data.layout import check as check_dataset
+
+    report = check_dataset(root)
+    print(report)
+    return 0 if report.ok else 1
+
+
+def ablate(
+    out: Path,
+    data: str = "shapes",
+    encoder: str = "tiny",
+    preset: str | None = None,
+    seeds: int = 1,
+    first_seed: int = 0,
+    imbalance: float | None = None,
+    quick: bool = False,
+    options: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+) -> int:
+    """Train and test the rows of the SAC paper's ablation, print the table and write it to a folder.
+
+    Writes results.json, ablation.md and curves.png. The same command on the same folder resumes what was interrupted.
+
+    Args:
+        out: Folder for the results: new, empty, or of an ablation with the same settings.
+        data: "shapes", drawn into the folder, or the path of a data set in the field's layout.
+        encoder: "tiny", or open_clip's ARCHITECTURE[:TAG], such as ViT-L-14:openai.
+        preset: Training options of a data set (shapes, ut-zappos, mit-states, cgqa); default: shapes with the tiny
+            encoder, else mit-states.
+        seeds: How many seeds; from two on, the table shows mean and standard deviation.
+        first_seed: The first of them.
+        imbalance: Information imbalance of the shapes world, in [0, 1].
+        quick: Fewer images and epochs: a check that everything runs, in under three minutes on two cores.
+        options: Training options that replace the preset's, such as --options.epochs 5.
+        trainer: Flags of Lightning's Trainer, such as --trainer.precision bf16-mixed or --trainer.devices 2.
+
+    Returns:
+        0.
+    """
+    from czsl_heads._files import write_text
+    from czsl_heads.report.curves import plot_curves
+    from czsl_heads.report.table import ablation_markdown, print_ablation
+    from czsl_heads.training.ablate import configure, run_ablation
+    from czsl_heads.training.run import is_main_process
+
+    config = configure(
+        data=data,
+        encoder=encoder,
+        preset=preset,
+        seeds=seeds,
+        first_seed=first_seed,
+        imbalance=imbalance,
+        quick=quick,
+        options=options,
+        trainer=trainer,
+    )
+    results = run_ablation(out, config)
+    if is_main_process():
+        plot_curves(results, out / "curves.png")
+        write_text(out / "ablation.md", ablation_markdown(results))
+        print_ablation(results)
+        print(f"wrote results.json, ablation.md and curves.png to {out}")
+    return 0
+
+
+_COMMANDS: dict[str, Callable[..., int]] = {"make-shapes": make_shapes, "check": check, "ablate": ablate}
+
+
+def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    from czsl_heads import __version__
+    from czsl_heads.data.shapes import make_shapes as make_dataset
+
+    parser = ArgumentParser(
+        prog="czsl", description="Compositional zero-shot learning on any CLIP.", version=__version__
+    )
+    commands = parser.add_subcommands(required=True)
+    shapes = ArgumentParser(description="Write a shapes data set to disk, in the field's own layout.")
+    shapes.add_function_arguments(make_dataset)
+    commands.add_subcommand("make-shapes", shapes, help="draw a data set")
+    checking = ArgumentParser(description="Read a data set, decode every image, and print what is there.")
+    checking.add_function_arguments(check, as_positional=True)
+    commands.add_subcommand("check", checking, help="check a data set on disk")
+    ablating = ArgumentParser(description="Train and test the rows of the SAC paper's ablation.")
+    ablating.add_function_arguments(ablate, skip={"quick"})
+    ablating.add_argument("--quick", action="store_true", help="fewer images and epochs, to check that everything runs")
+    ablating.add_argument("--config", action="config", help="YAML file with any of these arguments")
+    commands.add_subcommand("ablate", ablating, help="reproduce the ablation table")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; errors of input end in one line on stderr and exit status 1 (usage: 2; interrupted: 130)."""
+    parser = _parser()
+    parsed = parser.parse_args(None if arguments is None else list(arguments))
+    command = parsed.subcommand
+    values = parsed[command].as_dict()
+    values.pop("config", None)
+    try:
+        return _COMMANDS[command](**values)
+    except (ValueError, OSError) as error:
+        print(f"czsl {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        hint = "; the same command resumes it" if command == "ablate" else ""
+        print(f"\nczsl {command}: interrupted{hint}", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

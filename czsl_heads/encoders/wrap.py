@@ -1,0 +1,66 @@
+"""One door for every CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from czsl_heads.encoders.open_clip import OpenClipEncoder
+from czsl_heads.encoders.tiny import load_tiny
+
+
+def wrap(
+    model_or_name: nn.Module | str,
+    *,
+    frozen: bool = True,
+    tokenizer: Callable[[list[str]], Tensor] | None = None,
+) -> OpenClipEncoder:
+    """Put any supported CLIP behind the :class:`~czsl_heads.encoders.protocol.Encoder` protocol.
+
+    Args:
+        model_or_name: An open_clip model; ``"tiny"`` (the embedded one); or open_clip's ``"ARCHITECTURE"`` (random
+            weights) or ``"ARCHITECTURE:TAG"``, such as ``"ViT-L-14:openai"`` (TAG may be the path of a checkpoint).
+        frozen: Switch off the gradients of all parameters; ``False`` leaves their flags as they are.
+        tokenizer: Strings to token ids, for a model object whose vocabulary is not OpenAI's.
+
+    Returns:
+        The encoder, in the mode (train or eval) of the model; models made by name are in eval mode.
+
+    Raises:
+        TypeError: No open_clip model or name, or a tower of a kind that is not supported.
+        ValueError: An unknown name, or a tower that pools otherwise than by the class token.
+
+    Example:
+        >>> import torch
+        >>> encoder = wrap("tiny")
+        >>> encoder.encode_tokens(torch.zeros(2, 3, 48, 48)).shape, encoder.encode_texts(["a red circle"]).shape
+        (torch.Size([2, 37, 96]), torch.Size([1, 96]))
+    """
+    if isinstance(model_or_name, str):
+        model, named_tokenizer = _from_name(model_or_name)
+        return OpenClipEncoder(model, tokenizer=tokenizer or named_tokenizer, frozen=frozen)
+    if not isinstance(model_or_name, nn.Module):
+        raise TypeError(f"expected `model_or_name` to be a CLIP model or a name, got {type(model_or_name).__name__}")
+    import open_clip
+
+    if not isinstance(model_or_name, (open_clip.CLIP, open_clip.CustomTextCLIP)):
+        raise TypeError(
+            f"expected `model_or_name` to be an open_clip CLIP or CustomTextCLIP, got {type(model_or_name).__name__}"
+        )
+    return OpenClipEncoder(model_or_name, tokenizer=tokenizer, frozen=frozen)
+
+
+def _from_name(name: str) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
+    if name == "tiny":
+        return load_tiny()
+    import open_clip
+
+    architecture, _, tag = name.partition(":")
+    if architecture not in open_clip.list_models():
+        raise ValueError(
+            f'expected `model_or_name` to be "tiny" or "ARCHITECTURE[:TAG]" with one of open_clip.list_models(), '
+            f"got {name!r}"
+        )
+    model = open_clip.create_model(architecture, pretrained=tag or None)
+    return model.eval(), open_clip.get_tokenizer(architecture)

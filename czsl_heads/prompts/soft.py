@@ -1,0 +1,128 @@
+"""Soft prompts for pairs, attributes and objects, over one shared table of primitives."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from czsl_heads._checks import check_choice, check_range
+from czsl_heads.encoders.protocol import Encoder
+from czsl_heads.space import CompositionSpace, clean_name
+
+_ROWS = 4096  # prompts encoded at once where nothing is kept for a backward pass
+
+
+class TextFeatures(NamedTuple):
+    """Unit text features of a space: ``pairs`` [P, dim], ``attributes`` [A, dim], ``objects`` [O, dim]."""
+
+    pairs: Tensor
+    attributes: Tensor
+    objects: Tensor
+
+
+class SoftPrompts(nn.Module):
+    """Learnable prompts "[context] attribute object", "[context] attribute" and "[context] object".
+
+    Three contexts are learned apart, all starting from the words of ``context``; the primitives share one table, which
+    starts from the mean of the token embeddings of each (cleaned) name. Positions behind [EOS] are not run.
+
+    Args:
+        encoder: A wrapped CLIP; it is used, not owned: its weights are no part of this module.
+        space: Gives the primitives; the pairs to encode are chosen at each call.
+        context: The words that all three contexts start from; may be empty.
+        dropout: On the whole table, one mask for all prompts of a step, in training.
+        encode: ``"plain"`` runs every prompt by itself; ``"auto"`` picks the fastest way there is.
+
+    Shape:
+        ``prompts(space)``, any space over the same primitives, to :class:`TextFeatures`, unit rows.
+
+    Raises:
+        ValueError: An option is unknown or out of range, a prompt is longer than the tower's context, a cleaned name
+            has no token, or a space has other primitives.
+
+    Example:
+        >>> from czsl_heads import CompositionSpace, wrap
+        >>> space = CompositionSpace(["red", "blue"], ["circle"], seen=[("red", "circle")])
+        >>> prompts = SoftPrompts(wrap("tiny"), space)
+        >>> prompts(space.open_world()).pairs.shape
+        torch.Size([2, 96])
+
+    References:
+        Nayak et al., CSP, ICLR 2023 (a learned table of primitives); Huang et al., Troika, CVPR 2024 (three contexts);
+        Zhang et al., SAM, CVPR 2026 (SAC).
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        space: CompositionSpace,
+        *,
+        context: str = "a photo of",
+        dropout: float = 0.0,
+        encode: Literal["auto", "plain"] = "auto",
+    ) -> None:
+        super().__init__()
+        check_range("dropout", dropout, 0, 1)
+        check_choice("encode", encode, ("auto", "plain"))
+        self.dropout, self.encode = dropout, encode
+        self.attributes, self.objects = space.attributes, space.objects
+        self._encoder = (encoder,)  # in a tuple, or its weights would be registered here
+        with torch.no_grad():
+            sentence, eos = encoder.embed_texts([context])
+            if encoder.embed_texts([f"{context} x x"])[1] == eos:  # which needs room for a pair, too
+                raise ValueError("expected `encoder` with a text tower pooled at [EOS], got one pooled elsewhere")
+            table = _mean_embeddings(encoder, [clean_name(name) for name in (*space.attributes, *space.objects)])
+        words = sentence[0, 1 : int(eos)]
+        self.pair_context = nn.Parameter(words.clone())
+        self.attribute_context = nn.Parameter(words.clone())
+        self.object_context = nn.Parameter(words.clone())
+        self.primitives = nn.Parameter(table)
+        # [SOS]; and [EOS] with the padding behind it, which a tower that is not causal sees too.
+        self.register_buffer("_start", sentence[0, :1].clone(), persistent=False)
+        self.register_buffer("_end", sentence[0, int(eos) :].clone(), persistent=False)
+
+    def forward(self, space: CompositionSpace) -> TextFeatures:
+        """Encode the pairs of ``space`` and all its primitives."""
+        if (space.attributes, space.objects) != (self.attributes, self.objects):
+            raise ValueError("expected `space` over the primitives that these prompts were made for, got others")
+        table = F.dropout(self.primitives, self.dropout, self.training)
+        attributes, objects = table.split([len(self.attributes), len(self.objects)])
+        attr, obj = space.pairs.to(table.device).unbind(dim=1)
+        pairs = torch.stack([attributes[attr], objects[obj]], dim=1)
+        return TextFeatures(
+            self._features(self.pair_context, pairs),
+            self._features(self.attribute_context, attributes[:, None]),
+            self._features(self.object_context, objects[:, None]),
+        )
+
+    def _features(self, context: Tensor, words: Tensor) -> Tensor:
+        """A context ``[length, text_dim]`` and words behind it ``[n, words, text_dim]`` to unit rows ``[n, dim]``."""
+        chunks = [words] if torch.is_grad_enabled() else words.split(_ROWS)
+        return torch.cat([F.normalize(self._encode_plain(context, chunk), dim=-1) for chunk in chunks])
+
+    def _encode_plain(self, context: Tensor, words: Tensor) -> Tensor:
+        (encoder,) = self._encoder
+        count, num_words, _ = words.shape
+        front, end = torch.cat([self.get_buffer("_start"), context]), self.get_buffer("_end")
+        # A causal tower may stop at [EOS]; another one wants its whole context, whose padding the words shorten.
+        end = end[:1] if encoder.causal_text else end[: len(end) - num_words]
+        embeddings = torch.cat([front.expand(count, -1, -1), words, end.expand(count, -1, -1)], dim=1)
+        eos = torch.full((count,), len(front) + num_words, dtype=torch.long, device=embeddings.device)
+        return encoder.encode_embeddings(embeddings, eos)
+
+    def extra_repr(self) -> str:
+        return f"attributes={len(self.attributes)}, objects={len(self.objects)}, context={len(self.pair_context)}"
+
+
+def _mean_embeddings(encoder: Encoder, names: list[str]) -> Tensor:
+    """The mean of the token embeddings of each name, [SOS] and [EOS] left out."""
+    embeddings, eos = encoder.embed_texts(names)
+    positions = torch.arange(embeddings.shape[1], device=embeddings.device)
+    inside = ((positions > 0) & (positions < eos[:, None])).unsqueeze(-1)
+    empty = [name for name, count in zip(names, inside.sum(dim=1)) if not count]
+    if empty:
+        raise ValueError(f"expected `space` with names of at least one token, got none in {empty[0]!r}")
+    return (embeddings * inside).sum(dim=1) / inside.sum(dim=1)

@@ -1,0 +1,236 @@
+"""The label space of a compositional task: attributes, objects, and which of their pairs exist and were trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from czsl_heads._checks import check_shapes, check_tensor
+
+Pair: TypeAlias = tuple[str, str] | tuple[int, int]
+
+
+def clean_name(name: str) -> str:
+    """The form of a primitive's name that goes into a prompt: dots become spaces, letters become lower case.
+
+    Underscores and hyphens stay, as in the code of CSP and Troika, so that prompts agree with theirs.
+
+    Example:
+        >>> clean_name("Faux.Leather"), clean_name("traffic_light")
+        ('faux leather', 'traffic_light')
+    """
+    return name.replace(".", " ").lower()
+
+
+class CompositionSpace:
+    """Attributes, objects, and an ordered list of pairs, each seen (trained on) or unseen.
+
+    A pair is (attribute index, object index); its position in :attr:`pairs` is the column of its score. Instances do
+    not change: :meth:`subset` and :meth:`open_world` return new ones over the same primitives.
+
+    Args:
+        attributes: Names of the attributes, without repeats; the order is kept.
+        objects: Names of the objects, likewise.
+        seen: Pairs with training images, as names or as indices, without repeats; at least one.
+        unseen: Further pairs. ``pairs`` lists ``seen`` first, each in the order given.
+
+    Attributes:
+        attributes, objects: Tuples of names.
+        pairs: Long tensor ``[P, 2]``.
+        seen_mask: Bool tensor ``[P]``, true where the pair is seen.
+
+    Raises:
+        ValueError: A name or pair is repeated, a pair names an unknown primitive, a pair is both seen and unseen, or
+            ``seen`` is empty. The message names the offender.
+        TypeError: A name is no string.
+
+    Example:
+        >>> space = CompositionSpace(["black", "white"], ["swan", "cat"], seen=[("white", "swan"), ("black", "cat")])
+        >>> space.pairs.tolist(), space.seen_mask.tolist()
+        ([[1, 0], [0, 1]], [True, True])
+        >>> space.open_world().pairs.tolist()
+        [[0, 0], [0, 1], [1, 0], [1, 1]]
+    """
+
+    attributes: tuple[str, ...]
+    objects: tuple[str, ...]
+    pairs: Tensor
+    seen_mask: Tensor
+
+    def __init__(
+        self,
+        attributes: Sequence[str],
+        objects: Sequence[str],
+        seen: Iterable[Pair],
+        unseen: Iterable[Pair] = (),
+    ) -> None:
+        self.attributes = _checked_names("attributes", attributes)
+        self.objects = _checked_names("objects", objects)
+        seen, unseen = list(seen), list(unseen)
+        if not seen:
+            raise ValueError("expected `seen` to hold at least one pair, got none")
+        attr_index = {name: index for index, name in enumerate(self.attributes)}
+        obj_index = {name: index for index, name in enumerate(self.objects)}
+        columns: dict[tuple[int, int], bool] = {}
+        for role, group in (("seen", seen), ("unseen", unseen)):
+            for pair in group:
+                key = _resolve(pair, role, attr_index, obj_index)
+                if key in columns:
+                    name = self._pair_name(key)
+                    if columns[key] == (role == "seen"):
+                        raise ValueError(f"expected `{role}` without repeats, got {name} twice")
+                    raise ValueError(f"expected `seen` and `unseen` to be disjoint, got {name} in both")
+                columns[key] = role == "seen"
+        self._set(torch.tensor(list(columns), dtype=torch.long), torch.tensor(list(columns.values())))
+
+    def _set(self, pairs: Tensor, seen_mask: Tensor) -> None:
+        self.pairs, self.seen_mask = pairs, seen_mask
+        self._column = torch.full((len(self.attributes) * len(self.objects),), -1, dtype=torch.long)
+        self._column[self._code(pairs)] = torch.arange(len(pairs))
+
+    def _code(self, pairs: Tensor) -> Tensor:
+        return pairs[:, 0] * len(self.objects) + pairs[:, 1]
+
+    def _pair_name(self, pair: Sequence[int]) -> str:
+        return f"({self.attributes[pair[0]]}, {self.objects[pair[1]]})"
+
+    def _derive(self, pairs: Tensor, seen_mask: Tensor) -> CompositionSpace:
+        space = object.__new__(CompositionSpace)
+        space.attributes, space.objects = self.attributes, self.objects
+        space._set(pairs, seen_mask)
+        return space
+
+    @property
+    def pair_names(self) -> list[tuple[str, str]]:
+        """Names of the pairs, in order."""
+        return [(self.attributes[attr], self.objects[obj]) for attr, obj in self.pairs.tolist()]
+
+    def index(self, pairs: Tensor | Iterable[Pair]) -> Tensor:
+        """Columns of the given pairs.
+
+        Args:
+            pairs: Long tensor ``[n, 2]`` of indices, or an iterable of pairs as names or indices.
+
+        Returns:
+            Long tensor ``[n]``.
+
+        Raises:
+            ValueError: A primitive is unknown, or a pair is not in this space.
+        """
+        wanted = self._as_tensor(pairs)
+        columns = self._column[self._code(wanted)]
+        if (columns < 0).any():
+            first = wanted[columns < 0][0].tolist()
+            raise ValueError(f"expected `pairs` of this space, got {self._pair_name(first)}, which is not in it")
+        return columns
+
+    def _as_tensor(self, pairs: Tensor | Iterable[Pair]) -> Tensor:
+        if isinstance(pairs, Tensor):
+            check_tensor("pairs", pairs, dtypes=(torch.long, torch.int32))
+            check_shapes(pairs=(pairs, "pairs 2"))
+            wanted = pairs.long().cpu()
+            limits = torch.tensor([len(self.attributes), len(self.objects)])
+            wrong = ((wanted < 0) | (wanted >= limits)).any(dim=1)
+            if wrong.any():
+                first = tuple(wanted[wrong][0].tolist())
+                raise ValueError(f"expected `pairs` of indices below {tuple(limits.tolist())}, got {first}")
+            return wanted
+        attr_index = {name: index for index, name in enumerate(self.attributes)}
+        obj_index = {name: index for index, name in enumerate(self.objects)}
+        resolved = [_resolve(pair, "pairs", attr_index, obj_index) for pair in pairs]
+        return torch.tensor(resolved, dtype=torch.long).reshape(-1, 2)
+
+    def subset(self, mask_or_pairs: Tensor | Iterable[Pair]) -> CompositionSpace:
+        """The space of some of these pairs.
+
+        Args:
+            mask_or_pairs: Bool tensor ``[P]`` (the order is kept), or pairs as in :meth:`index` (their order is taken).
+
+        Raises:
+            ValueError: The mask has another length, a pair is not in this space or repeated, or nothing is left.
+        """
+        if isinstance(mask_or_pairs, Tensor) and mask_or_pairs.dtype == torch.bool:
+            check_shapes(mask_or_pairs=(mask_or_pairs, str(len(self))))
+            columns = mask_or_pairs.cpu().nonzero().squeeze(1)
+        else:
+            columns = self.index(mask_or_pairs)
+            if len(columns.unique()) < len(columns):
+                values, counts = columns.unique(return_counts=True)
+                twice = self.pairs[values[counts > 1][0]].tolist()
+                raise ValueError(f"expected `mask_or_pairs` without repeats, got {self._pair_name(twice)} twice")
+        if not len(columns):
+            raise ValueError("expected `mask_or_pairs` to keep at least one pair, got none")
+        return self._derive(self.pairs[columns], self.seen_mask[columns])
+
+    def open_world(self) -> CompositionSpace:
+        """Every attribute with every object, attribute-major; seen pairs stay seen."""
+        pairs = torch.cartesian_prod(torch.arange(len(self.attributes)), torch.arange(len(self.objects)))
+        seen_mask = torch.zeros(len(pairs), dtype=torch.bool)
+        seen_mask[self._code(self.pairs[self.seen_mask])] = True
+        return self._derive(pairs.reshape(-1, 2), seen_mask)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CompositionSpace):
+            return NotImplemented
+        same_names = self.attributes == other.attributes and self.objects == other.objects
+        return same_names and torch.equal(self.pairs, other.pairs) and torch.equal(self.seen_mask, other.seen_mask)
+
+    def __hash__(self) -> int:
+        return hash((self.attributes, self.objects, len(self)))
+
+    def __repr__(self) -> str:
+        seen = int(self.seen_mask.sum())
+        return (
+            f"CompositionSpace(attributes={len(self.attributes)}, objects={len(self.objects)}, "
+            f"seen={seen}, unseen={len(self) - seen})"
+        )
+
+
+def _checked_names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise TypeError(f"expected `{argument}` to be a sequence of names, got the string {names!r}")
+    names = tuple(names)
+    known: set[str] = set()
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"expected `{argument}` to hold strings, got {name!r}")
+        if not name.strip():
+            raise ValueError(f"expected `{argument}` to hold names, got {name!r}")
+        if name in known:
+            raise ValueError(f"expected `{argument}` without repeats, got {name!r} twice")
+        known.add(name)
+    if not known:
+        raise ValueError(f"expected `{argument}` to hold at least one name, got none")
+    return names
+
+
+def _resolve(pair: Pair, argument: str, attr_index: dict[str, int], obj_index: dict[str, int]) -> tuple[int, int]:
+    if isinstance(pair, (Tensor, np.ndarray)):
+        pair = tuple(pair.tolist())
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+        raise TypeError(f"expected `{argument}` to hold (attribute, object) pairs, got {pair!r}")
+    kinds = (("attribute", attr_index), ("object", obj_index))
+    attr, obj = (_resolve_one(part, pair, argument, kind, known) for part, (kind, known) in zip(pair, kinds))
+    return attr, obj
+
+
+def _resolve_one(part: object, pair: Pair, argument: str, kind: str, known: dict[str, int]) -> int:
+    if isinstance(part, str):
+        if part not in known:
+            raise ValueError(
+                f"expected `{argument}` to name known primitives, got the unknown {kind} {part!r} in {pair!r}"
+            )
+        return known[part]
+    if isinstance(part, bool) or not hasattr(part, "__index__"):
+        raise TypeError(f"expected `{argument}` to hold names or indices, got {part!r} in {pair!r}")
+    index = int(part.__index__())
+    if not 0 <= index < len(known):
+        raise ValueError(f"expected `{argument}` to hold {kind} indices below {len(known)}, got {index} in {pair!r}")
+    return index

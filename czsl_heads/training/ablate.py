@@ -1,0 +1,220 @@
+"""The ablation of the SAC paper (its Table 4), row by row, on one data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from czsl_heads._checks import check_range
+from czsl_heads._files import write_json
+from czsl_heads.data.layout import CompositionDataset, read_dataset
+from czsl_heads.data.shapes import ShapesSpec, make_shapes
+from czsl_heads.heads.sparse_align import Reduce
+from czsl_heads.training.align import PROTOCOLS, WORLDS
+from czsl_heads.training.options import AlignOptions, load_options
+from czsl_heads.training.run import is_main_process, train_align
+
+CONFIG, RESULTS = "config.json", "results.json"
+SUMMARY = ("seen", "unseen", "harmonic_mean", "auc", "attr_accuracy", "obj_accuracy")
+QUICK_SHAPES = ShapesSpec(train_per_pair=8, val_per_pair=4, test_per_pair=8)
+QUICK_EPOCHS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: its number there, its name, and the reduction of its alignment head."""
+
+    number: int
+    name: str
+    reduce: Reduce
+
+    @property
+    def folder(self) -> str:
+        return f"row{self.number}-{self.reduce}"
+
+
+ROWS = (Row(1, "[CLS] baseline", "cls"), Row(2, "+ Sparse Alignment", "max"))
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Everything that decides the numbers of an ablation; a folder holds one of these."""
+
+    data: str
+    encoder: str
+    preset: str
+    options: AlignOptions
+    seeds: list[int]
+    shapes: ShapesSpec | None
+    trainer: dict[str, Any]
+
+
+def configure(
+    *,
+    data: str = "shapes",
+    encoder: str = "tiny",
+    preset: str | None = None,
+    seeds: int = 1,
+    first_seed: int = 0,
+    imbalance: float | None = None,
+    quick: bool = False,
+    options: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+) -> AblationConfig:
+    """Turn the arguments of ``czsl ablate`` into a configuration; see there for their meaning.
+
+    Raises:
+        ValueError: An argument is out of range, unknown, or has no meaning for this data.
+    """
+    check_range("seeds", seeds, 1)
+    check_range("first_seed", first_seed, 0)
+    if preset is None:
+        preset = "shapes" if encoder == "tiny" else "mit-states"
+    chosen = dict(options or {})
+    if quick:
+        chosen.setdefault("epochs", QUICK_EPOCHS)
+    shapes = None
+    if data == "shapes":
+        shapes = QUICK_SHAPES if quick else ShapesSpec()
+        shapes = shapes if imbalance is None else replace(shapes, imbalance=imbalance)
+    elif imbalance is not None:
+        raise ValueError(f'expected `imbalance` with data="shapes" only, got data={data!r}')
+    return AblationConfig(
+        data=data if data == "shapes" else str(Path(data).resolve()),
+        encoder=encoder,
+        preset=preset,
+        options=load_options(preset, chosen),
+        seeds=list(range(first_seed, first_seed + seeds)),
+        shapes=shapes,
+        trainer=dict(trainer or {}),
+    )
+
+
+def run_ablation(out: Path, config: AblationConfig) -> dict[str, Any]:
+    """Train and test all rows over all seeds and write ``results.json``.
+
+    Finished runs in ``out`` are kept, an interrupted one is resumed: calling again with the same configuration
+    completes the folder.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        ValueError: ``out`` holds an ablation of another configuration, or the data set is wrong (a ``DataError``).
+        OSError: ``out`` cannot be written.
+        KeyboardInterrupt: Interrupted; calling again resumes.
+    """
+    dataset = _claim(out, config)
+    records: dict[int, list[dict[str, Any]]] = {row.number: [] for row in ROWS}
+    for seed in config.seeds:
+        for row in ROWS:
+            print(f"row {row.number} ({row.name}), seed {seed}", file=sys.stderr, flush=True)
+            records[row.number].append(
+                train_align(
+                    out / f"seed{seed}" / row.folder,
+                    dataset,
+                    config.options,
+                    encoder=config.encoder,
+                    reduce=row.reduce,
+                    seed=seed,
+                    trainer=config.trainer,
+                )
+            )
+    results = {
+        "config": asdict(config),
+        "environment": environment(),
+        "data": _describe(dataset),
+        "rows": [_row_results(row, records[row.number]) for row in ROWS],
+    }
+    if is_main_process():
+        results = write_json(out / RESULTS, results)
+    return results
+
+
+def _claim(out: Path, config: AblationConfig) -> CompositionDataset:
+    """Read the data first, so that a wrong path leaves no folder behind; then mark ``out`` as this ablation's."""
+    wanted = json.loads(json.dumps(asdict(config)))
+    path = out / CONFIG
+    if path.exists():
+        found = json.loads(path.read_text())
+        differing = [name for name in wanted if found.get(name) != wanted[name]]
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"expected `out` to be new or of the same configuration, got {out}, whose `{name}` is "
+                f"{found.get(name)!r} instead of {wanted[name]!r}"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"expected `out` to be a new or empty folder or one of an ablation, got {out}")
+    if config.shapes is None:
+        dataset = read_dataset(config.data)
+        write_json(path, wanted)
+        return dataset
+    write_json(path, wanted)
+    root = out / "shapes"
+    if not root.exists():
+        print(f"drawing the shapes data set in {root}", file=sys.stderr, flush=True)
+        make_shapes(root, **asdict(config.shapes))
+    return read_dataset(root)
+
+
+def _describe(dataset: CompositionDataset) -> dict[str, Any]:
+    return {
+        "attributes": len(dataset.space.attributes),
+        "objects": len(dataset.space.objects),
+        "pairs": {name: len(pairs) for name, pairs in dataset.split_pairs.items()},
+        "images": {name: len(samples) for name, samples in dataset.samples.items()},
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions, for a results file."""
+    packages = ("czsl-heads", "torch", "open_clip_torch", "lightning", "torchmetrics", "numpy")
+    return {
+        "hardware": {
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def _row_results(row: Row, records: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "number": row.number,
+        "name": row.name,
+        "reduce": row.reduce,
+        "trainable_parameters": records[0]["trainable_parameters"],
+        "summary": dict(_summaries(records)),
+        "runs": records,
+    }
+
+
+def _summaries(records: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Mean and sample standard deviation of each number, by world and protocol."""
+    for world in WORLDS:
+        by_protocol = {}
+        for protocol in PROTOCOLS:
+            results = [record["test"][world][protocol] for record in records]
+            by_protocol[protocol] = {name: _spread([result[name] for result in results]) for name in SUMMARY}
+        yield world, by_protocol
+
+
+def _spread(values: list[float | None]) -> dict[str, float | None]:
+    """The deviation is None for one seed; both are None where a number does not exist (no unseen test images, say)."""
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
+        return {"mean": None, "std": None}
+    return {"mean": statistics.fmean(numbers), "std": statistics.stdev(numbers) if len(numbers) > 1 else None}

@@ -1,0 +1,467 @@
+import copy
+from itertools import combinations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from czsl_heads import add_lora, wrap
+from czsl_heads.adapters.lora import LoRAAttention, LoRALinear
+
+MATRICES = ("q", "k", "v", "o", "fc", "proj")
+DIM = 48
+
+
+@pytest.fixture
+def images(generator):
+    return torch.randn(5, 3, 42, 28, generator=generator)
+
+
+def randomise(modules, seed=0):
+    """Give the updates values, which they start without."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in modules:
+            for delta in module.deltas.values():
+                delta.a.copy_(0.3 * torch.randn(delta.a.shape, generator=generator))
+                delta.b.copy_(0.3 * torch.randn(delta.b.shape, generator=generator))
+    return modules
+
+
+def reference_add_lora(encoder, adapted_encoder, tower="vision"):
+    """Add scale * B @ A to the weights of an encoder that has none, by hand."""
+    with torch.no_grad():
+        for block, adapted in zip(encoder.blocks(tower), adapted_encoder.blocks(tower)):
+            rows = {"q": slice(0, DIM), "k": slice(DIM, 2 * DIM), "v": slice(2 * DIM, 3 * DIM)}
+            for matrix, delta in getattr(adapted.attn, "deltas", {}).items():
+                weight = block.attn.out_proj.weight if matrix == "o" else block.attn.in_proj_weight[rows[matrix]]
+                weight += delta.scale * (delta.b @ delta.a)
+            for name in ("c_fc", "c_proj"):
+                for delta in getattr(getattr(adapted.mlp, name), "deltas", {}).values():
+                    getattr(block.mlp, name).weight += delta.scale * (delta.b @ delta.a)
+    return encoder
+
+
+class Births(TorchDispatchMode):
+    """The shapes of all tensors that operations make in memory of their own, views of ``known`` tensors left out."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.shapes.add(tuple(tensor.shape))
+        return results
+
+
+def backward_shapes(block, hidden):
+    loss = block(hidden).square().sum()
+    with Births(block.parameters()) as births:
+        loss.backward()
+    return births.shapes
+
+
+@pytest.mark.parametrize("matrices", [*((m,) for m in MATRICES), *combinations(MATRICES, 2), MATRICES])
+def test_the_update_equals_weights_changed_by_hand(small_clip_factory, images, matrices):
+    base, adapted = wrap(small_clip_factory(), tokenizer=str), wrap(small_clip_factory(), tokenizer=str)
+    randomise(add_lora(adapted, matrices=matrices, rank=3, alpha=2.0))
+    unchanged = base.encode_tokens(images)
+    expected = reference_add_lora(base, adapted).encode_tokens(images)
+    tokens = adapted.encode_tokens(images)
+    assert not torch.allclose(tokens, unchanged, atol=1e-3)
+    torch.testing.assert_close(tokens, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("matrices", [("q", "k", "v"), MATRICES])
+def test_an_untrained_update_changes_nothing(small_encoder, images, matrices):
+    before = small_encoder.encode_tokens(images)
+    add_lora(small_encoder, matrices=matrices, dropout=0.3)
+    torch.testing.assert_close(small_encoder.encode_tokens(images), before, rtol=0, atol=1e-6)
+
+
+def test_only_the_low_rank_parameters_train(small_encoder, images):
+    names = set(small_encoder.state_dict())
+    add_lora(small_encoder, matrices=MATRICES, rank=2)
+    trainable = {name: p for name, p in small_encoder.named_parameters() if p.requires_grad}
+    assert all(".deltas." in name for name in trainable)
+    assert len(trainable) == 3 * 6 * 2
+    assert sum(p.numel() for p in trainable.values()) == 3 * 2 * (4 * (DIM + DIM) + 2 * (DIM + 4 * DIM))
+    assert names == {name for name in small_encoder.state_dict() if ".deltas." not in name}
+    small_encoder.encode_tokens(images).square().sum().backward()
+    assert {name for name, p in small_encoder.named_parameters() if p.grad is not None} == set(trainable)
+    # B starts at zero, so the first step moves B alone; a gradient of A that is not zero would be wrong.
+    assert all((p.grad.abs().sum() > 0) == name.endswith(".b") for name, p in trainable.items())
+
+
+def test_weights_that_train_go_on_training(small_clip_factory, images):
+    encoder = wrap(small_clip_factory(), tokenizer=str, frozen=False)
+    add_lora(encoder, layers=1)
+    encoder.encode_tokens(images).square().sum().backward()
+    block = encoder.blocks("vision")[2]
+    assert block.attn.in_proj_weight.requires_grad
+    assert block.attn.in_proj_weight.grad.shape == (3 * DIM, DIM)
+
+
+def test_the_gradients_are_those_of_the_changed_weights(small_clip_factory, images):
+    base = wrap(small_clip_factory(), tokenizer=str, frozen=False)
+    adapted = wrap(small_clip_factory(), tokenizer=str)
+    (attention, linear) = randomise(add_lora(adapted, matrices=("v", "fc"), rank=3, alpha=6.0, layers=[1]))
+    reference_add_lora(base, adapted).encode_tokens(images).square().sum().backward()
+    adapted.encode_tokens(images).square().sum().backward()
+    full = base.blocks("vision")[1]
+    for delta, gradient in (
+        (attention.deltas["v"], full.attn.in_proj_weight.grad[2 * DIM :]),
+        (linear.deltas["w"], full.mlp.c_fc.weight.grad),
+    ):
+        torch.testing.assert_close(delta.b.grad, 2.0 * gradient @ delta.a.T, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(delta.a.grad, 2.0 * delta.b.T @ gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("matrices", [("q", "k", "v"), ("o",), MATRICES])
+def test_no_gradient_of_a_full_weight_arises(small_encoder, generator, matrices):
+    randomise(add_lora(small_encoder, matrices=matrices, rank=3))
+    hidden = torch.randn(
+        2, 7, DIM, generator=generator, requires_grad=True
+    )  # and none of the sizes is 3 or 48 by chance
+    shapes = backward_shapes(small_encoder.blocks("vision")[0], hidden)
+    forbidden = {(3 * DIM, DIM), (DIM, 3 * DIM), (DIM, DIM), (4 * DIM, DIM), (DIM, 4 * DIM), (3, DIM, DIM)}
+    assert (3, DIM) in shapes
+    assert not shapes & forbidden
+
+
+def test_the_recording_would_see_a_full_gradient(small_clip_factory, generator):
+    encoder = wrap(small_clip_factory(), tokenizer=str, frozen=False)
+    add_lora(encoder)
+    hidden = torch.randn(2, 7, DIM, generator=generator, requires_grad=True)
+    assert {(3 * DIM, DIM), (DIM, DIM)} <= backward_shapes(encoder.blocks("vision")[0], hidden)
+
+
+@pytest.mark.parametrize("matrices", [("q", "v"), ("o",), ("k", "o", "proj"), MATRICES])
+def test_merging_keeps_the_output_and_unmerging_the_bits(small_encoder, images, matrices):
+    modules = randomise(add_lora(small_encoder, matrices=matrices, rank=3))
+    weights = {name: weight.clone() for name, weight in small_encoder.state_dict().items()}
+    before = small_encoder.encode_tokens(images)
+    for module in modules:
+        module.merge()
+        assert module.merged
+    torch.testing.assert_close(small_encoder.encode_tokens(images), before, rtol=0, atol=1e-5)
+    for module in modules:
+        module.unmerge()
+        assert not module.merged
+    assert torch.equal(small_encoder.encode_tokens(images), before)
+    assert all(torch.equal(weight, weights[name]) for name, weight in small_encoder.state_dict().items())
+
+
+def test_merging_changes_the_weights_and_twice_is_once(small_encoder):
+    (module,) = randomise(add_lora(small_encoder, matrices=("k", "o"), layers=1))
+    fused, out = module.in_proj_weight.clone(), module.out_proj.weight.clone()
+    module.merge()
+    module.merge()
+    change = module.in_proj_weight - fused
+    assert change[:DIM].abs().max() == change[2 * DIM :].abs().max() == 0
+    torch.testing.assert_close(change[DIM : 2 * DIM], module.deltas["k"].matrix(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(module.out_proj.weight - out, module.deltas["o"].matrix(), rtol=0, atol=1e-5)
+    module.unmerge()
+    module.unmerge()
+    assert torch.equal(module.in_proj_weight, fused)
+    assert torch.equal(module.out_proj.weight, out)
+
+
+def test_a_state_dict_holds_the_weights_before_merging(small_encoder):
+    modules = randomise(add_lora(small_encoder, matrices=MATRICES))
+    before = {name: weight.clone() for name, weight in small_encoder.state_dict().items()}
+    for module in modules:
+        module.merge()
+    for holder, prefix in (
+        (small_encoder, ""),
+        (small_encoder.blocks("vision")[1], "model.visual.transformer.resblocks.1."),
+    ):
+        state = holder.state_dict()
+        assert all(torch.equal(weight, before[prefix + name]) for name, weight in state.items())
+    assert list(small_encoder.state_dict()) == list(before)
+
+
+def test_a_merged_module_loads_and_is_no_longer_merged(small_clip_factory, small_encoder, images):
+    other = wrap(small_clip_factory(), tokenizer=str)
+    randomise(add_lora(other, matrices=MATRICES), seed=1)
+    modules = randomise(add_lora(small_encoder, matrices=MATRICES), seed=2)
+    for module in modules:
+        module.merge()
+    small_encoder.load_state_dict(other.state_dict())
+    assert not any(module.merged for module in modules)
+    assert torch.equal(small_encoder.encode_tokens(images), other.encode_tokens(images))
+    for module in modules:
+        module.unmerge()
+    assert torch.equal(small_encoder.encode_tokens(images), other.encode_tokens(images))
+
+
+def test_a_copy_of_a_merged_encoder_unmerges_by_itself(small_encoder, images):
+    (module,) = randomise(add_lora(small_encoder, matrices=("q", "o"), layers=1))
+    fused = module.in_proj_weight.clone()
+    module.merge()
+    twin = copy.deepcopy(small_encoder)
+    twin.blocks("vision")[2].attn.unmerge()
+    assert torch.equal(twin.blocks("vision")[2].attn.in_proj_weight, fused)
+    assert module.merged
+    assert not torch.equal(module.in_proj_weight, fused)
+    assert torch.equal(
+        twin.state_dict()["model.visual.transformer.resblocks.2.attn.out_proj.weight"],
+        small_encoder.state_dict()["model.visual.transformer.resblocks.2.attn.out_proj.weight"],
+    )
+
+
+def test_state_dicts_and_copies_carry_the_updates(small_clip_factory, small_encoder, images):
+    randomise(add_lora(small_encoder, matrices=MATRICES))
+    tokens = small_encoder.encode_tokens(images)
+    fresh = wrap(small_clip_factory(), tokenizer=str)
+    add_lora(fresh, matrices=MATRICES)
+    fresh.load_state_dict(small_encoder.state_dict())
+    assert torch.equal(fresh.encode_tokens(images), tokens)
+    assert torch.equal(copy.deepcopy(small_encoder).encode_tokens(images), tokens)
+
+
+def test_an_adapted_model_loads_the_weights_of_its_base(small_clip_factory, small_encoder):
+    add_lora(small_encoder, matrices=MATRICES)
+    missing, unexpected = small_encoder.model.load_state_dict(small_clip_factory().state_dict(), strict=False)
+    assert not unexpected
+    assert all(".deltas." in name for name in missing)
+
+
+def test_dropout_acts_in_training_only(small_encoder, images):
+    modules = randomise(add_lora(small_encoder, matrices=MATRICES, dropout=0.5))
+    assert not any(module.training for root in modules for module in root.modules())
+    assert torch.equal(small_encoder.encode_tokens(images), small_encoder.encode_tokens(images))
+    small_encoder.train()
+    torch.manual_seed(0)
+    first, second = small_encoder.encode_tokens(images), small_encoder.encode_tokens(images)
+    assert not torch.allclose(first, second, atol=1e-4)
+    torch.manual_seed(0)
+    assert torch.equal(small_encoder.encode_tokens(images), first)
+
+
+def test_full_dropout_leaves_the_base_model_in_training(small_encoder, images):
+    before = small_encoder.encode_tokens(images)
+    randomise(add_lora(small_encoder, matrices=MATRICES, dropout=1.0))
+    torch.testing.assert_close(small_encoder.train().encode_tokens(images), before, rtol=0, atol=1e-6)
+    assert not torch.allclose(small_encoder.eval().encode_tokens(images), before, atol=1e-3)
+
+
+def test_new_modules_take_the_mode_of_what_they_replace(small_clip_factory):
+    for training in (True, False):
+        encoder = wrap(small_clip_factory().train(training), tokenizer=str)
+        for root in add_lora(encoder, matrices=MATRICES):
+            assert all(module.training is training for module in root.modules())
+
+
+def test_alpha_scales_the_update_and_defaults_to_the_rank(small_encoder):
+    assert {
+        delta.scale for module in add_lora(small_encoder, rank=5, layers=[0]) for delta in module.deltas.values()
+    } == {1}
+    (module,) = add_lora(small_encoder, rank=5, alpha=2.0, layers=[1], matrices=["q"])
+    assert module.deltas["q"].scale == pytest.approx(0.4)
+    assert module.deltas["q"].a.shape == (5, DIM)
+
+
+@pytest.mark.parametrize(
+    ("layers", "adapted"),
+    [(None, [0, 1, 2]), (1, [2]), (2, [1, 2]), (3, [0, 1, 2]), ([0], [0]), ([-1], [2]), ((2, 0, -3), [0, 2])],
+)
+def test_layers_are_counted_from_the_end_or_named(small_encoder, layers, adapted):
+    modules = add_lora(small_encoder, layers=layers)
+    blocks = small_encoder.blocks("vision")
+    assert [index for index in range(3) if isinstance(blocks[index].attn, LoRAAttention)] == adapted
+    assert modules == [blocks[index].attn for index in adapted]
+
+
+def test_the_modules_come_block_by_block(small_encoder):
+    modules = add_lora(small_encoder, matrices=("proj", "q", "fc"), layers=2)
+    assert [type(module) for module in modules] == [LoRAAttention, LoRALinear, LoRALinear] * 2
+    assert modules[1] is small_encoder.blocks("vision")[1].mlp.c_fc
+    assert modules[2] is small_encoder.blocks("vision")[1].mlp.c_proj
+
+
+def test_the_text_tower_takes_updates_through_its_mask(small_encoder):
+    texts = ["a photo of red circle", "dog"]
+    before = small_encoder.encode_texts(texts)
+    modules = add_lora(small_encoder, matrices=MATRICES, tower="text")
+    torch.testing.assert_close(small_encoder.encode_texts(texts), before, rtol=0, atol=1e-5)
+    for module in randomise(modules):
+        module.merge()
+    merged = small_encoder.encode_texts(texts)
+    for module in modules:
+        module.unmerge()
+    torch.testing.assert_close(small_encoder.encode_texts(texts), merged, rtol=0, atol=1e-5)
+    assert not torch.allclose(merged, before, atol=1e-2)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("same", [True, False], ids=["self", "cross"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_attention_equals_multihead_attention(generator, bias, batch_first, same, masked):
+    base = nn.MultiheadAttention(12, 3, bias=bias, batch_first=batch_first).eval()
+    adapted = LoRAAttention(base, ["q"], rank=2, scale=1.0, dropout=0.0)
+    length, other = 5, 5 if same else 7
+    query, key, value = (torch.randn(2, size, 12, generator=generator) for size in (length, other, other))
+    if same:
+        key = value = query
+    if not batch_first:
+        query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+    mask = torch.full((length, other), float("-inf")).triu(1) if masked else None
+    outputs, weights = adapted(query, key, value, need_weights=False, attn_mask=mask)
+    expected, _ = base(query, key, value, need_weights=False, attn_mask=mask)
+    assert weights is None
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-6)
+
+
+def test_the_attention_takes_the_parameters_and_not_copies():
+    base = nn.MultiheadAttention(12, 3, dropout=0.25)
+    adapted = LoRAAttention(base, ["q"], rank=2, scale=1.0, dropout=0.0)
+    assert adapted.in_proj_weight is base.in_proj_weight
+    assert adapted.in_proj_bias is base.in_proj_bias
+    assert adapted.out_proj is base.out_proj
+    assert adapted.attention_dropout == 0.25
+
+
+def test_attention_weights_cannot_be_asked_for(small_encoder, generator):
+    add_lora(small_encoder)
+    hidden = torch.randn(1, 2, DIM, generator=generator)
+    with pytest.raises(ValueError, match="expected `need_weights=False`, got True"):
+        small_encoder.blocks("vision")[0].attn(hidden, hidden, hidden, need_weights=True)
+
+
+def test_blocks_that_are_not_batch_first_are_adapted_alike(generator):
+    class TwoTowers(nn.Module):
+        def __init__(self, blocks):
+            super().__init__()
+            self.towers = blocks
+
+        def blocks(self, tower):
+            return self.towers
+
+    torch.manual_seed(0)
+    first = ResidualAttentionBlock(DIM, 3, batch_first=True).eval().requires_grad_(False)
+    second = ResidualAttentionBlock(DIM, 3, batch_first=False).eval().requires_grad_(False)
+    second.load_state_dict(first.state_dict())
+    for block in (first, second):
+        randomise(add_lora(TwoTowers(nn.ModuleList([block])), matrices=MATRICES))
+    hidden = torch.randn(2, 5, DIM, generator=generator)
+    torch.testing.assert_close(second(hidden.transpose(0, 1)).transpose(0, 1), first(hidden), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_adapted_towers_run_in_bf16_and_under_autocast(small_encoder, images, tower):
+    def run(encoder, images):
+        return encoder.encode_tokens(images) if tower == "vision" else encoder.encode_texts(["red dog", "a wet cat"])
+
+    modules = randomise(add_lora(small_encoder, matrices=MATRICES, tower=tower))
+    for module in modules:
+        for delta in module.deltas.values():
+            delta.b.data.mul_(0.1)
+    expected = run(small_encoder, images)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = run(small_encoder, images)
+        outputs.float().square().sum().backward()
+    assert (outputs.float() - expected).abs().max() < 0.1 * expected.abs().max()
+    assert modules[0].deltas["q"].a.grad.dtype == torch.float32
+    small_encoder.to(torch.bfloat16)
+    assert modules[0].deltas["q"].a.dtype == torch.bfloat16
+    outputs = run(small_encoder, images.bfloat16())
+    assert outputs.dtype == torch.bfloat16
+    assert (outputs.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_updates_are_made_in_the_dtype_of_the_weights(small_clip_factory, images):
+    encoder = wrap(small_clip_factory().bfloat16(), tokenizer=str)
+    modules = add_lora(encoder, matrices=MATRICES)
+    assert {p.dtype for module in modules for p in module.parameters()} == {torch.bfloat16}
+    assert encoder.encode_tokens(images.bfloat16()).dtype == torch.bfloat16
+
+
+def test_an_adapted_encoder_compiles_whole(small_encoder, images):
+    randomise(add_lora(small_encoder, matrices=MATRICES, layers=1))
+    compiled = torch.compile(small_encoder.encode_tokens, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images), small_encoder.encode_tokens(images), rtol=0, atol=1e-5)
+
+
+def test_a_block_passes_gradcheck(generator):
+    base = nn.MultiheadAttention(6, 2, batch_first=True).double().requires_grad_(False)
+    adapted = LoRAAttention(base, ["q", "k", "v", "o"], rank=2, scale=0.5, dropout=0.0)
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    values = [torch.randn(adapted.get_parameter(name).shape, generator=generator).double() for name in names]
+    hidden = torch.randn(1, 3, 6, generator=generator).double().requires_grad_()
+
+    def run(hidden, *values):
+        return torch.func.functional_call(adapted, dict(zip(names, values)), (hidden, hidden, hidden))[0]
+
+    assert torch.autograd.gradcheck(run, (hidden, *(value.requires_grad_() for value in values)))
+
+
+def test_a_linear_layer_without_bias_is_adapted(generator):
+    base = nn.Linear(5, 7, bias=False)
+    adapted = LoRALinear(base, rank=2, scale=3.0, dropout=0.0)
+    randomise([adapted])
+    hidden = torch.randn(2, 5, generator=generator)
+    delta = adapted.deltas["w"]
+    expected = F.linear(hidden, base.weight + 3.0 * delta.b @ delta.a)
+    torch.testing.assert_close(adapted(hidden), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"matrices": ()}, "expected `matrices` to name at least one, got none"),
+        ({"matrices": ("q", "w")}, "expected `matrices` to be one of q, k, v, o, fc, proj, got 'w'"),
+        ({"rank": 0}, "expected `rank` to be at least 1, got 0"),
+        ({"dropout": 1.5}, r"expected `dropout` to be in \[0, 1\], got 1.5"),
+        ({"layers": 0}, r"expected `layers` to be in \[1, 3\], got 0"),
+        ({"layers": 4}, r"expected `layers` to be in \[1, 3\], got 4"),
+        ({"layers": [3]}, r"expected `layers` to be in \[-3, 2\], got 3"),
+        ({"layers": [-4]}, r"expected `layers` to be in \[-3, 2\], got -4"),
+        ({"layers": []}, "expected `layers` to name at least one block, got none"),
+        ({"tower": "audio"}, "expected `tower` to be one of vision, text, got 'audio'"),
+    ],
+)
+def test_a_wrong_option_raises_and_leaves_the_model_alone(small_encoder, options, message):
+    names = list(small_encoder.state_dict())
+    with pytest.raises(ValueError, match=message):
+        add_lora(small_encoder, **options)
+    assert list(small_encoder.state_dict()) == names
+
+
+@pytest.mark.parametrize(("first", "second"), [("q", "v"), ("q", "fc"), ("fc", "q"), ("proj", "proj")])
+def test_a_block_is_adapted_only_once(small_encoder, first, second):
+    add_lora(small_encoder, matrices=[first], layers=[1])
+    names = list(small_encoder.state_dict())
+    with pytest.raises(ValueError, match="expected a vision tower without LoRA, got one that is adapted already"):
+        add_lora(small_encoder, matrices=[second])
+    assert list(small_encoder.state_dict()) == names
+    add_lora(small_encoder, matrices=[second], layers=[0, 2])
+
+
+def test_blocks_of_another_kind_raise(small_clip_factory, small_encoder):
+    custom = wrap(small_clip_factory(vision={"qk_norm": True}), tokenizer=str)
+    with pytest.raises(TypeError, match="MLP of c_fc, c_proj, got CustomResidualAttentionBlock"):
+        add_lora(custom)
+    small_encoder.blocks("vision")[1].mlp = nn.Identity()
+    with pytest.raises(TypeError, match="MLP of c_fc, c_proj, got ResidualAttentionBlock"):
+        add_lora(small_encoder)
+    small_encoder.blocks("vision")[1] = nn.Identity()
+    with pytest.raises(TypeError, match="MLP of c_fc, c_proj, got Identity"):
+        add_lora(small_encoder)
+    assert not isinstance(small_encoder.blocks("vision")[0].attn, LoRAAttention)
+
+
+@pytest.mark.parametrize("options", [{"kdim": 5, "vdim": 5}, {"add_bias_kv": True}], ids=["unfused", "bias_k"])
+def test_another_layout_of_the_attention_raises(small_encoder, options):
+    small_encoder.blocks("vision")[2].attn = nn.MultiheadAttention(DIM, 3, batch_first=True, **options)
+    with pytest.raises(TypeError, match="an attention with one fused in_proj_weight and no bias_k, got another layout"):
+        add_lora(small_encoder)

@@ -1,0 +1,70 @@
+"""What several test files share: one small data set, small random CLIPs, and one CLIP of a real size."""
+
+import copy
+import logging
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+
+from czsl_heads import wrap
+from czsl_heads.data import make_shapes
+from czsl_heads.encoders.open_clip import OpenClipEncoder
+
+torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
+
+# All sizes differ, so that a transposed or confused axis cannot go unnoticed.
+SMALL_VISION = {"image_size": (42, 28), "patch_size": 7, "width": 48, "layers": 3, "head_width": 16}
+SMALL_TEXT = {"context_length": 77, "width": 56, "heads": 4, "layers": 2}
+SMALL_DIM = 40
+
+
+_TOKENIZER = open_clip.SimpleTokenizer()  # reading its merges takes longer than most tests
+_built = {}
+
+
+def build_small(kind=open_clip.CLIP, *, vision=None, text=None, **kwargs):
+    """A small random open_clip model in eval mode; ``vision`` and ``text`` change its configuration."""
+    arguments = (SMALL_DIM, {**SMALL_VISION, **(vision or {})}, {**SMALL_TEXT, **(text or {})})
+    key = repr((kind, arguments, kwargs))
+    if key not in _built:  # a copy costs a tenth of drawing OpenAI's whole vocabulary again
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _built[key] = kind(*arguments, **kwargs).eval()
+    return copy.deepcopy(_built[key])
+
+
+@pytest.fixture(scope="session")
+def small_clip_factory():
+    """:func:`build_small`, for tests that need a configuration or a class of their own."""
+    return build_small
+
+
+@pytest.fixture
+def small_encoder() -> OpenClipEncoder:
+    """A small random CLIP, wrapped and frozen; new for every test, which may change it."""
+    return wrap(build_small(), tokenizer=_TOKENIZER)
+
+
+@pytest.fixture(scope="session")
+def real_size_clip():
+    """A random ViT-B-32, shared: no test may change it."""
+    logging.disable(logging.WARNING)  # open_clip warns that the weights are random, which is what is wanted
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.create_model("ViT-B-32", pretrained=None)
+    logging.disable(logging.NOTSET)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory) -> Path:
+    """A shapes data set of one image a pair, shared: no test may change it."""
+    root = tmp_path_factory.mktemp("worlds") / "shapes"
+    return make_shapes(root, train_per_pair=1, val_per_pair=1, test_per_pair=1)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)

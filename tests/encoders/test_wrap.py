@@ -1,0 +1,105 @@
+import logging
+
+import open_clip
+import pytest
+import torch
+from torch import nn
+
+from czsl_heads import wrap
+from czsl_heads.encoders.protocol import Encoder
+
+ARCHITECTURE = "small-for-tests"
+
+
+@pytest.fixture
+def small_architecture(monkeypatch):
+    """A small model under a name that open_clip knows, built as it builds its own."""
+    config = {
+        "embed_dim": 40,
+        "vision_cfg": {"image_size": 28, "patch_size": 7, "width": 48, "layers": 1, "head_width": 16},
+        "text_cfg": {"width": 56, "heads": 4, "layers": 1, "context_length": 31},
+    }
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, ARCHITECTURE, config)
+    monkeypatch.setattr(logging.root, "disabled", True)
+    return config
+
+
+def test_an_open_clip_name_gives_random_weights_and_its_own_tokenizer(small_architecture):
+    encoder = wrap(ARCHITECTURE)
+    assert isinstance(encoder.model, open_clip.CLIP)
+    assert (encoder.dim, encoder.grid, encoder.context_length) == (40, (4, 4), 31)
+    assert not encoder.training
+    assert not any(p.requires_grad for p in encoder.parameters())
+    tokens = open_clip.get_tokenizer(ARCHITECTURE)(["a red circle"])
+    assert tokens.shape == (1, 31)
+    torch.testing.assert_close(
+        encoder.encode_texts(["a red circle"]), encoder.model.encode_text(tokens), rtol=0, atol=1e-5
+    )
+
+
+def test_the_part_behind_the_colon_may_be_a_checkpoint(small_architecture, tmp_path):
+    first = wrap(ARCHITECTURE)
+    path = tmp_path / "weights.pt"
+    torch.save(first.model.state_dict(), path)
+    again = wrap(f"{ARCHITECTURE}:{path}")
+    images = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(first.encode_tokens(images), again.encode_tokens(images))
+    assert not torch.equal(first.encode_tokens(images), wrap(ARCHITECTURE).encode_tokens(images))
+
+
+def test_custom_text_models_are_taken_by_name_too(small_architecture):
+    small_architecture["custom_text"] = True
+    encoder = wrap(ARCHITECTURE, frozen=False)
+    assert isinstance(encoder.model, open_clip.CustomTextCLIP)
+    assert all(p.requires_grad for p in encoder.parameters())
+
+
+def test_a_given_tokenizer_comes_before_the_named_one(small_architecture):
+    calls = []
+    own = open_clip.SimpleTokenizer(context_length=31)
+
+    def tokenizer(texts):
+        calls.append(texts)
+        return own(texts)
+
+    wrap(ARCHITECTURE, tokenizer=tokenizer).encode_texts(["dog"])
+    assert calls == [["dog"]]
+
+
+def test_the_tiny_clip_is_an_encoder_in_eval_mode():
+    encoder = wrap("tiny")
+    assert isinstance(encoder, Encoder)
+    assert not encoder.training
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert any(p.requires_grad for p in wrap("tiny", frozen=False).parameters())
+
+
+@pytest.mark.parametrize("name", ["huge", "", "TINY", "ViT-B-33:openai", ":openai", "tiny:openai"])
+def test_an_unknown_name_raises(name):
+    with pytest.raises(ValueError, match=rf"one of open_clip.list_models\(\), got '{name}'"):
+        wrap(name)
+
+
+@pytest.mark.parametrize("value", [3, None, b"tiny", ["tiny"], open_clip.CLIP])
+def test_what_is_no_model_and_no_name_raises(value):
+    with pytest.raises(TypeError, match=f"to be a CLIP model or a name, got {type(value).__name__}"):
+        wrap(value)
+
+
+def test_a_module_of_another_kind_raises():
+    with pytest.raises(TypeError, match="to be an open_clip CLIP or CustomTextCLIP, got Linear"):
+        wrap(nn.Linear(2, 3))
+
+
+def test_a_coca_model_raises():
+    class CoCa(nn.Module):
+        """open_clip's CoCa derives from neither of its CLIP classes."""
+
+    assert not issubclass(open_clip.CoCa, (open_clip.CLIP, open_clip.CustomTextCLIP))
+    with pytest.raises(TypeError, match="to be an open_clip CLIP or CustomTextCLIP, got CoCa"):
+        wrap(CoCa())
+
+
+def test_wrapping_a_wrapped_model_raises(small_encoder):
+    with pytest.raises(TypeError, match="got OpenClipEncoder"):
+        wrap(small_encoder)

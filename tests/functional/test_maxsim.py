@@ -1,0 +1,250 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from czsl_heads.functional import maxsim
+from tests.references import reference_maxsim
+
+HALVES = (torch.bfloat16, torch.float16)
+# Products are summed in another order than the reference's, never in another precision.
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def draw(batch=2, tokens=7, texts=3, dim=5, *, per_image=False, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    text_shape = (batch, texts, dim) if per_image else (texts, dim)
+    return (
+        torch.randn(batch, tokens, dim, generator=generator).to(dtype),
+        torch.randn(text_shape, generator=generator).to(dtype),
+    )
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 11), st.integers(1, 5), st.integers(1, 7)),
+    per_image=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=40)
+def test_maxsim_equals_three_loops(sizes, per_image, dtype, seed, data):
+    tokens, texts = draw(*sizes, per_image=per_image, dtype=dtype, seed=seed)
+    k = data.draw(st.integers(1, sizes[1]))
+    scores, index = maxsim(tokens, texts, k=k, return_index=True)
+    expected, _ = reference_maxsim(tokens, texts, k=k)
+    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(scores.double(), expected, **TOLERANCE)
+    # Two products closer than the rounding may change places, so the index is judged by what it picks.
+    shown = texts if per_image else texts.expand(sizes[0], -1, -1)
+    picked = torch.einsum("bld,bcd->bcl", tokens.double(), shown.double()).gather(2, index.reshape(*scores.shape, k))
+    torch.testing.assert_close(picked.mean(dim=2), expected, **TOLERANCE)
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 4), st.integers(1, 3)),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=40)
+def test_ties_go_to_the_lowest_index_best_first(sizes, seed, data):
+    # Small integers: products are exact and many are equal.
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(-1, 2, (*sizes[:2], sizes[3]), generator=generator).float()
+    texts = torch.randint(-1, 2, sizes[2:], generator=generator).float()
+    k = data.draw(st.integers(1, sizes[1]))
+    _, index = maxsim(tokens, texts, k=k, return_index=True)
+    _, expected = reference_maxsim(tokens, texts, k=k)
+    assert index.dtype == torch.int64
+    assert torch.equal(index, expected[..., 0] if k == 1 else expected)
+
+
+def test_ties_go_to_the_lowest_index_in_long_rows():
+    tokens = torch.ones(2, 577, 3)
+    assert not maxsim(tokens, torch.ones(67, 3), return_index=True)[1].any()
+    index = maxsim(tokens, torch.ones(67, 3), k=5, return_index=True)[1]
+    assert torch.equal(index, torch.arange(5).expand(2, 67, 5))
+
+
+def test_hand_sized_values():
+    tokens = torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 0.5]]])
+    scores, index = maxsim(tokens, torch.eye(2), k=2, return_index=True)
+    torch.testing.assert_close(scores, torch.tensor([[0.8, 0.65]]))
+    assert index.tolist() == [[[0, 1], [1, 2]]]
+
+
+def test_one_token_is_a_plain_product():
+    tokens, texts = draw(tokens=1)
+    torch.testing.assert_close(maxsim(tokens, texts), tokens[:, 0] @ texts.mT)
+
+
+def test_all_tokens_are_the_mean():
+    tokens, texts = draw()
+    torch.testing.assert_close(maxsim(tokens, texts, k=7), tokens.mean(dim=1) @ texts.mT)
+
+
+def test_one_text_is_a_column():
+    tokens, texts = draw()
+    torch.testing.assert_close(maxsim(tokens, texts[1:2]), maxsim(tokens, texts)[:, 1:2])
+
+
+@pytest.mark.parametrize(("batch", "texts"), [(0, 3), (2, 0), (0, 0)])
+@pytest.mark.parametrize("k", [1, 3])
+def test_nothing_in_nothing_out(batch, texts, k):
+    scores, index = maxsim(*draw(batch=batch, texts=texts), k=k, return_index=True)
+    assert scores.shape == (batch, texts)
+    assert index.shape == ((batch, texts) if k == 1 else (batch, texts, k))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_own_texts_of_each_image_equal_images_one_by_one(k):
+    tokens, texts = draw(per_image=True)
+    rows = [maxsim(tokens[b : b + 1], texts[b], k=k) for b in range(2)]
+    torch.testing.assert_close(maxsim(tokens, texts, k=k), torch.cat(rows))
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_order_of_tokens_does_not_matter(k):
+    tokens, texts = draw(dtype=torch.float64)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(1))
+    scores, index = maxsim(tokens, texts, k=k, return_index=True)
+    permuted, moved = maxsim(tokens[:, order], texts, k=k, return_index=True)
+    torch.testing.assert_close(permuted, scores)
+    assert torch.equal(order[moved], index)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_gradient_reaches_the_first_of_equal_tokens_only(k):
+    tokens = torch.ones(1, 5, 3, requires_grad=True)
+    maxsim(tokens, torch.tensor([[1.0, 2.0, 3.0]]), k=k).sum().backward()
+    expected = torch.zeros(1, 5, 3)
+    expected[0, :k] = torch.tensor([1.0, 2.0, 3.0]) / k
+    assert torch.equal(tokens.grad, expected)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_gradients_are_right(k, per_image):
+    tokens, texts = draw(per_image=per_image, dtype=torch.float64)
+    inputs = tokens.requires_grad_(), texts.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *args: maxsim(*args, k=k), inputs)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_nan_propagates_to_its_own_image_only(k):
+    tokens, texts = draw()
+    tokens[1, 4, 2] = torch.nan
+    scores = maxsim(tokens, texts, k=k)
+    assert scores[1].isnan().all()
+    assert scores[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("k", [1, 3])
+def test_halves_are_computed_in_float32(dtype, k):
+    tokens, texts = draw(dim=67, dtype=dtype)
+    expected = maxsim(tokens.float(), texts.float(), k=k)
+    assert torch.equal(maxsim(tokens, texts, k=k), expected)
+    assert torch.equal(maxsim(tokens, texts.float(), k=k), expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_autocast_changes_nothing(dtype):
+    tokens, texts = draw(dim=67)
+    with torch.autocast("cpu", dtype=dtype):
+        scores = maxsim(tokens, texts)
+        assert (tokens @ texts.mT).dtype == dtype  # autocast goes on after the call
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, maxsim(tokens, texts))
+
+
+def test_one_float64_input_makes_it_float64():
+    tokens, texts = draw()
+    assert torch.equal(maxsim(tokens.double(), texts), maxsim(tokens.double(), texts.double()))
+    assert maxsim(tokens, texts.double()).dtype == torch.float64
+
+
+def test_inputs_are_left_alone():
+    tokens, texts = draw()
+    before = tokens.clone(), texts.clone()
+    maxsim(tokens, texts, k=3)
+    assert torch.equal(tokens, before[0])
+    assert torch.equal(texts, before[1])
+
+
+def test_backends_agree():
+    tokens, texts = draw()
+    assert torch.equal(maxsim(tokens, texts, backend="auto"), maxsim(tokens, texts, backend="dense"))
+
+
+class Both(nn.Module):
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
+
+    def forward(self, tokens, texts):
+        return maxsim(tokens, texts, k=self.k, return_index=True)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_maxsim_compiles_whole(k):
+    torch.compiler.reset()
+    tokens, texts = draw()
+    compiled = torch.compile(Both(k), fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, index = compiled(tokens, texts)
+    expected_scores, expected_index = maxsim(tokens, texts, k=k, return_index=True)
+    torch.testing.assert_close(scores, expected_scores)
+    assert torch.equal(index, expected_index)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_maxsim_exports_with_any_batch_and_texts(k):
+    sizes = {"tokens": {0: torch.export.Dim("batch")}, "texts": {0: torch.export.Dim("texts")}}
+    program = torch.export.export(Both(k), draw(), dynamic_shapes=sizes)
+    tokens, texts = draw(batch=5, texts=11)
+    scores, index = program.module()(tokens, texts)
+    expected_scores, expected_index = maxsim(tokens, texts, k=k, return_index=True)
+    torch.testing.assert_close(scores, expected_scores)
+    assert torch.equal(index, expected_index)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_meta_tensors_give_shapes(k):
+    tokens, texts = draw()
+    scores, index = maxsim(tokens.to("meta"), texts.to("meta"), k=k, return_index=True)
+    assert (scores.device.type, scores.shape, scores.dtype) == ("meta", (2, 3), torch.float32)
+    assert index.shape == ((2, 3) if k == 1 else (2, 3, k))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"tokens": [[1.0]]}, TypeError, r"expected `tokens` to be a torch.Tensor, got list"),
+        ({"texts": None}, TypeError, r"expected `texts` to be a torch.Tensor, got NoneType"),
+        (
+            {"tokens": torch.zeros(2, 7, 5, dtype=torch.long)},
+            TypeError,
+            r"expected `tokens` of dtype .* got torch.int64",
+        ),
+        ({"texts": torch.zeros(3, 5, dtype=torch.complex64)}, TypeError, r"expected `texts` of dtype .*complex64"),
+        ({"tokens": torch.zeros(7, 5)}, ValueError, r"expected `tokens` of shape \(batch, tokens, dim\), got \(7, 5\)"),
+        ({"texts": torch.zeros(5)}, ValueError, r"expected `texts` of shape \(texts, dim\) .*got \(5,\)"),
+        ({"texts": torch.zeros(3, 6)}, ValueError, r"expected `texts` of shape .*dim=5, got \(3, 6\)"),
+        (
+            {"texts": torch.zeros(4, 3, 5)},
+            ValueError,
+            r"`texts` of shape \(batch, texts, dim\) with batch=2.*\(4, 3, 5\)",
+        ),
+        ({"tokens": torch.zeros(2, 0, 5)}, ValueError, r"expected `k` to be in \[1, 0\], got 1"),
+        ({"k": 0}, ValueError, r"expected `k` to be in \[1, 7\], got 0"),
+        ({"k": 8}, ValueError, r"expected `k` to be in \[1, 7\], got 8"),
+        ({"select": "bf17"}, ValueError, r"expected `select` to be one of exact, got 'bf17'"),
+        ({"backend": "flash"}, ValueError, r"expected `backend` to be one of auto, dense, got 'flash'"),
+    ],
+)
+def test_wrong_arguments_are_told(change, error, message):
+    tokens, texts = draw()
+    with pytest.raises(error, match=message):
+        maxsim(**{"tokens": tokens, "texts": texts, **change})

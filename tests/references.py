@@ -1,0 +1,124 @@
+"""Slow and obvious twins of the functions of the package: loops, full matrices, no cleverness."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+
+def reference_maxsim(tokens, texts, *, k=1):
+    """Scores and the chosen tokens, best first, the lowest index first among equals."""
+    tokens, texts = tokens.double(), texts.double()
+    batch, num_texts = len(tokens), texts.shape[-2]
+    scores = torch.empty(batch, num_texts, dtype=torch.float64)
+    index = torch.empty(batch, num_texts, k, dtype=torch.long)
+    for b in range(batch):
+        for c in range(num_texts):
+            text = texts[c] if texts.ndim == 2 else texts[b, c]
+            products = [float(sum(token * text)) for token in tokens[b]]
+            best = sorted(range(len(products)), key=lambda token: (-products[token], token))[:k]
+            scores[b, c] = sum(products[token] for token in best) / k
+            index[b, c] = torch.tensor(best)
+    return scores, index
+
+
+def reference_alignment(tokens, texts, *, reduce, k=None, temperature=0.01, include_cls=True, cls_weight=0.0):
+    """Cosines one by one, then the reduction as its formula reads."""
+    scores = torch.empty(len(tokens), texts.shape[-2], dtype=torch.float64)
+    for b, image in enumerate(tokens.double()):
+        for c, text in enumerate((texts if texts.ndim == 2 else texts[b]).double()):
+            cosines = [float(token @ text / (token.norm() * text.norm())) for token in image]
+            used = cosines if include_cls else cosines[1:]
+            reduced = {
+                "max": lambda used=used: max(used),
+                "topk": lambda used=used: sum(sorted(used)[-k:]) / k,
+                "mean": lambda used=used: sum(used) / len(used),
+                "cls": lambda cosines=cosines: cosines[0],
+                "logsumexp": lambda used=used: (
+                    temperature * math.log(sum(math.exp(s / temperature) for s in used) / len(used))
+                ),
+            }[reduce]()
+            scores[b, c] = (1 - cls_weight) * reduced + cls_weight * cosines[0]
+    return scores
+
+
+def reference_czsl_scores(scores, target, pair_attr, pair_obj, seen_mask, eval_mask=None, *, topk=1):
+    """The field's standard evaluation on the full matrix, pass by pass."""
+    scores = scores.float().numpy()
+    target, seen = target.numpy(), seen_mask.numpy()
+    attr, obj = pair_attr.numpy(), pair_obj.numpy()
+    candidates = np.ones_like(seen) if eval_mask is None else eval_mask.numpy()
+    seen_sample = seen[target]
+
+    def hits(bias):
+        """Of each sample: the pair, the attribute, the object right among the top k."""
+        biased = scores.copy()
+        biased[:, ~seen] += np.float32(bias)
+        biased[:, ~candidates] = -1e10
+        top = np.argsort(-biased, axis=1, kind="stable")[:, :topk]  # the first index wins a tie
+        pair = (attr[top] == attr[target, None]) & (obj[top] == obj[target, None])
+        return np.stack([pair.any(1), (attr[top] == attr[target, None]).any(1), (obj[top] == obj[target, None]).any(1)])
+
+    def share(right, among=slice(None)):
+        return float(right[among].mean()) if right[among].size else math.nan
+
+    def point(bias):
+        pair, right_attr, right_obj = hits(bias)
+        seen_share, unseen_share = share(pair, seen_sample), share(pair, ~seen_sample)
+        return {
+            "match": share(pair),
+            "seen": seen_share,
+            "unseen": unseen_share,
+            "attr": share(right_attr),
+            "obj": share(right_obj),
+        }
+
+    margins = []
+    for sample in np.flatnonzero(~seen_sample & hits(1e3)[0]):
+        of_seen = np.sort(scores[sample, seen])[::-1]
+        margins.append((of_seen[topk - 1] - scores[sample, target[sample]]) - np.float32(1e-4))
+    margins = sorted(margins)
+    biases = [*margins[:: max(len(margins) // 20, 1)], np.float32(1e3)]
+    curve = [(point(bias)["seen"], point(bias)["unseen"]) for bias in biases]
+    area = sum((x1 - x0) * (y0 + y1) / 2 for (y0, x0), (y1, x1) in pairwise(curve))
+    means = [0.0 if 0.0 in values else 2 / (1 / values[0] + 1 / values[1]) for values in curve]
+    best = means.index(max(means))
+    unbiased, biased = point(0.0), point(1e3)
+    return {
+        "seen": max(seen for seen, _ in curve),
+        "unseen": max(unseen for _, unseen in curve),
+        "harmonic_mean": means[best],
+        "auc": area,
+        "hm_seen": curve[best][0],
+        "hm_unseen": curve[best][1],
+        "bias": float(biases[best]),
+        "attr_accuracy": unbiased["attr"],
+        "obj_accuracy": unbiased["obj"],
+        "unbiased": unbiased,
+        "biased": biased,
+        "curve": [list(values) for values in curve],
+    }
+
+
+def reference_exact_curve(scores, target, seen_mask, eval_mask=None, *, topk=1):
+    """Points ``(seen, unseen)``: the bias goes to the middle between all neighbouring differences of two scores."""
+    scores = scores.double().numpy()
+    target, seen = target.numpy(), seen_mask.numpy()
+    candidates = np.ones_like(seen) if eval_mask is None else eval_mask.numpy()
+    seen_sample = seen[target]
+    of_seen, of_unseen = scores[:, seen & candidates], scores[:, ~seen & candidates]
+    with np.errstate(invalid="ignore"):
+        steps = np.unique(of_seen[:, :, None] - of_unseen[:, None, :])
+    steps = steps[np.isfinite(steps)]
+    ends = [steps[0] - 1, *(steps[:-1] + steps[1:]) / 2, steps[-1] + 1] if len(steps) else [0.0]
+    points = []
+    for bias in ends:
+        biased = np.where(seen, scores, scores + bias)
+        biased[:, ~candidates] = -np.inf
+        top = np.argsort(-biased, axis=1, kind="stable")[:, :topk]
+        right = (top == target[:, None]).any(1) & np.isfinite(scores[np.arange(len(target)), target])
+        values = (float(right[seen_sample].mean()), float(right[~seen_sample].mean()))
+        if not points or points[-1] != values:
+            points.append(values)
+    return points
