@@ -1,5 +1,6 @@
 """Every Python block of the README and of docs/ runs, in the order of its page."""
 
+import json
 import re
 from pathlib import Path
 
@@ -24,6 +25,18 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     names: dict[str, object] = {}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), names)
+
+
+def test_the_model_card_quotes_its_record() -> None:
+    record = json.loads((ROOT / "czsl_heads" / "encoders" / "assets" / "tiny_clip.json").read_text())
+    card = (ROOT / "docs" / "tiny_clip.md").read_text()
+    for level, accuracies in record["zero_shot"].items():
+        cells = [f"{100 * accuracies[name]:.1f}" for name in ("seen", "held_out", "attribute", "object")]
+        assert f"| {level} | {' | '.join(cells)} |" in card
+    assert f"{record['spec']['images']:,} scenes" in card
+    assert f"{record['spec']['steps']:,} steps of {record['spec']['batch_size']}" in card
+    assert f"{record['minutes']:.0f} minutes" in card
+    assert f"logit scale {record['logit_scale']:.1f}" in card
 
 
 def test_relative_links_lead_somewhere() -> None:
