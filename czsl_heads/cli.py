@@ -122,7 +122,11 @@ def _parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; errors of input end in one line on stderr and exit status 1 (usage: 2; interrupted: 130)."""
-    parser = _parser()
+    try:
+        parser = _parser()
+    except ModuleNotFoundError as error:
+        print(f"czsl: expected the package {error.name}, got none: pip install 'czsl-heads[train]'", file=sys.stderr)
+        return 1
     parsed = parser.parse_args(None if arguments is None else list(arguments))
     command = parsed.subcommand
     values = parsed[command].as_dict()

@@ -72,6 +72,8 @@ def test_an_interrupted_ablation_is_resumed_by_the_same_command(tmp_path: Path, 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A job in the background of a shell ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("cut/**/last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
@@ -86,3 +88,11 @@ def test_an_interrupted_ablation_is_resumed_by_the_same_command(tmp_path: Path, 
     assert resumed.returncode == 0, resumed.stderr
     results = [json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole", "cut")]
     assert results[0]["rows"] == results[1]["rows"]
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from czsl_heads.cli import main
+
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["check", "x"]) == 1
+    assert "czsl-heads[train]" in capsys.readouterr().err
