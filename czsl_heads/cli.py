@@ -35,34 +35,14 @@ def check(root: Path) -> int:
     return 0 if report.ok else 1
 
 
-def ablate(
-    out: Path,
-    data: str = "shapes",
-    encoder: str = "tiny",
-    preset: str | None = None,
-    seeds: int = 1,
-    first_seed: int = 0,
-    imbalance: float | None = None,
-    quick: bool = False,
-    options: dict[str, Any] | None = None,
-    trainer: dict[str, Any] | None = None,
-) -> int:
+def ablate(out: Path, **arguments: Any) -> int:
     """Train and test the rows of the SAC paper's ablation, print the table and write it to a folder.
 
     Writes results.json, ablation.md and curves.png. The same command on the same folder resumes what was interrupted.
 
     Args:
         out: Folder for the results: new, empty, or of an ablation with the same settings.
-        data: "shapes", drawn into the folder, or the path of a data set in the field's layout.
-        encoder: "tiny", or open_clip's ARCHITECTURE[:TAG], such as ViT-L-14:openai.
-        preset: Training options of a data set (shapes, ut-zappos, mit-states, cgqa); default: shapes with the tiny
-            encoder, else mit-states.
-        seeds: How many seeds; from two on, the table shows mean and standard deviation.
-        first_seed: The first of them.
-        imbalance: Information imbalance of the shapes world, in [0, 1].
-        quick: Fewer images and epochs: a check that everything runs, in under three minutes on two cores.
-        options: Training options that replace the preset's, such as --options.epochs 5.
-        trainer: Flags of Lightning's Trainer, such as --trainer.precision bf16-mixed or --trainer.devices 2.
+        arguments: Those of :func:`czsl_heads.training.config.configure`.
 
     Returns:
         0.
@@ -70,21 +50,11 @@ def ablate(
     from czsl_heads._files import write_text
     from czsl_heads.report.curves import plot_curves
     from czsl_heads.report.table import ablation_markdown, print_ablation
-    from czsl_heads.training.ablate import configure, run_ablation
+    from czsl_heads.training.ablate import run_ablation
+    from czsl_heads.training.config import configure
     from czsl_heads.training.run import is_main_process
 
-    config = configure(
-        data=data,
-        encoder=encoder,
-        preset=preset,
-        seeds=seeds,
-        first_seed=first_seed,
-        imbalance=imbalance,
-        quick=quick,
-        options=options,
-        trainer=trainer,
-    )
-    results = run_ablation(out, config)
+    results = run_ablation(out, configure(**arguments))
     if is_main_process():
         plot_curves(results, out / "curves.png")
         write_text(out / "ablation.md", ablation_markdown(results))
@@ -101,6 +71,7 @@ def _parser() -> ArgumentParser:
 
     from czsl_heads import __version__
     from czsl_heads.data.shapes import make_shapes as make_dataset
+    from czsl_heads.training.config import configure
 
     parser = ArgumentParser(
         prog="czsl", description="Compositional zero-shot learning on any CLIP.", version=__version__
@@ -113,7 +84,8 @@ def _parser() -> ArgumentParser:
     checking.add_function_arguments(check, as_positional=True)
     commands.add_subcommand("check", checking, help="check a data set on disk")
     ablating = ArgumentParser(description="Train and test the rows of the SAC paper's ablation.")
-    ablating.add_function_arguments(ablate, skip={"quick"})
+    ablating.add_argument("--out", type=Path, required=True, help="folder for the results: new, empty, or to resume")
+    ablating.add_function_arguments(configure, skip={"quick"})
     ablating.add_argument("--quick", action="store_true", help="fewer images and epochs, to check that everything runs")
     ablating.add_argument("--config", action="config", help="YAML file with any of these arguments")
     commands.add_subcommand("ablate", ablating, help="reproduce the ablation table")

@@ -8,26 +8,23 @@ import platform
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from czsl_heads._checks import check_range
 from czsl_heads._files import write_json
 from czsl_heads.data.layout import CompositionDataset, read_dataset
-from czsl_heads.data.shapes import ShapesSpec, make_shapes
+from czsl_heads.data.shapes import make_shapes
 from czsl_heads.heads.sparse_align import Reduce
 from czsl_heads.training.align import PROTOCOLS, WORLDS
-from czsl_heads.training.options import AlignOptions, load_options
+from czsl_heads.training.config import AblationConfig
 from czsl_heads.training.run import is_main_process, train_align
 
 CONFIG, RESULTS = "config.json", "results.json"
 SUMMARY = ("seen", "unseen", "harmonic_mean", "auc", "attr_accuracy", "obj_accuracy")
-QUICK_SHAPES = ShapesSpec(train_per_pair=8, val_per_pair=4, test_per_pair=8)
-QUICK_EPOCHS = 3
 
 
 @dataclass(frozen=True)
@@ -44,60 +41,6 @@ class Row:
 
 
 ROWS = (Row(1, "[CLS] baseline", "cls"), Row(2, "+ Sparse Alignment", "max"))
-
-
-@dataclass(frozen=True)
-class AblationConfig:
-    """Everything that decides the numbers of an ablation; a folder holds one of these."""
-
-    data: str
-    encoder: str
-    preset: str
-    options: AlignOptions
-    seeds: list[int]
-    shapes: ShapesSpec | None
-    trainer: dict[str, Any]
-
-
-def configure(
-    *,
-    data: str = "shapes",
-    encoder: str = "tiny",
-    preset: str | None = None,
-    seeds: int = 1,
-    first_seed: int = 0,
-    imbalance: float | None = None,
-    quick: bool = False,
-    options: dict[str, Any] | None = None,
-    trainer: dict[str, Any] | None = None,
-) -> AblationConfig:
-    """Turn the arguments of ``czsl ablate`` into a configuration; see there for their meaning.
-
-    Raises:
-        ValueError: An argument is out of range, unknown, or has no meaning for this data.
-    """
-    check_range("seeds", seeds, 1)
-    check_range("first_seed", first_seed, 0)
-    if preset is None:
-        preset = "shapes" if encoder == "tiny" else "mit-states"
-    chosen = dict(options or {})
-    if quick:
-        chosen.setdefault("epochs", QUICK_EPOCHS)
-    shapes = None
-    if data == "shapes":
-        shapes = QUICK_SHAPES if quick else ShapesSpec()
-        shapes = shapes if imbalance is None else replace(shapes, imbalance=imbalance)
-    elif imbalance is not None:
-        raise ValueError(f'expected `imbalance` with data="shapes" only, got data={data!r}')
-    return AblationConfig(
-        data=data if data == "shapes" else str(Path(data).resolve()),
-        encoder=encoder,
-        preset=preset,
-        options=load_options(preset, chosen),
-        seeds=list(range(first_seed, first_seed + seeds)),
-        shapes=shapes,
-        trainer=dict(trainer or {}),
-    )
 
 
 def run_ablation(out: Path, config: AblationConfig) -> dict[str, Any]:

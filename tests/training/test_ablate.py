@@ -9,7 +9,8 @@ import pytest
 from czsl_heads.data import DataError
 from czsl_heads.report.curves import plot_curves
 from czsl_heads.report.table import ablation_markdown, print_ablation
-from czsl_heads.training.ablate import RESULTS, SUMMARY, configure, run_ablation
+from czsl_heads.training.ablate import RESULTS, SUMMARY, run_ablation
+from czsl_heads.training.config import configure
 
 FAST = {"epochs": 1, "batch_size": 48, "lora_rank": 1}
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}

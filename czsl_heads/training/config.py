@@ -1,0 +1,79 @@
+"""What decides the numbers of an ablation; free of Lightning, so that the command line can read its arguments here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from czsl_heads._checks import check_range
+from czsl_heads.data.shapes import ShapesSpec
+from czsl_heads.training.options import AlignOptions, load_options
+
+QUICK_SHAPES = ShapesSpec(train_per_pair=8, val_per_pair=4, test_per_pair=8)
+QUICK_EPOCHS = 3
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Everything that decides the numbers of an ablation; a folder holds one of these."""
+
+    data: str
+    encoder: str
+    preset: str
+    options: AlignOptions
+    seeds: list[int]
+    shapes: ShapesSpec | None
+    trainer: dict[str, Any]
+
+
+def configure(
+    data: str = "shapes",
+    encoder: str = "tiny",
+    preset: str | None = None,
+    seeds: int = 1,
+    first_seed: int = 0,
+    imbalance: float | None = None,
+    quick: bool = False,
+    options: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+) -> AblationConfig:
+    """The configuration of an ablation, from the arguments of ``czsl ablate``.
+
+    Args:
+        data: "shapes", drawn into the output folder, or the path of a data set in the field's layout.
+        encoder: "tiny", or open_clip's ARCHITECTURE[:TAG], such as ViT-L-14:openai.
+        preset: Training options of a data set (shapes, ut-zappos, mit-states, cgqa); default: shapes with the tiny
+            encoder, else mit-states.
+        seeds: How many seeds; from two on, the table shows mean and standard deviation.
+        first_seed: The first of them.
+        imbalance: Information imbalance of the shapes world, in [0, 1].
+        quick: Fewer images and epochs: a check that everything runs, in under three minutes on two cores.
+        options: Training options that replace the preset's, such as --options.epochs 5.
+        trainer: Flags of Lightning's Trainer, such as --trainer.precision bf16-mixed or --trainer.devices 2.
+
+    Raises:
+        ValueError: An argument is out of range, unknown, or has no meaning for this data.
+    """
+    check_range("seeds", seeds, 1)
+    check_range("first_seed", first_seed, 0)
+    if preset is None:
+        preset = "shapes" if encoder == "tiny" else "mit-states"
+    chosen = dict(options or {})
+    if quick:
+        chosen.setdefault("epochs", QUICK_EPOCHS)
+    shapes = None
+    if data == "shapes":
+        shapes = QUICK_SHAPES if quick else ShapesSpec()
+        shapes = shapes if imbalance is None else replace(shapes, imbalance=imbalance)
+    elif imbalance is not None:
+        raise ValueError(f'expected `imbalance` with data="shapes" only, got data={data!r}')
+    return AblationConfig(
+        data=data if data == "shapes" else str(Path(data).resolve()),
+        encoder=encoder,
+        preset=preset,
+        options=load_options(preset, chosen),
+        seeds=list(range(first_seed, first_seed + seeds)),
+        shapes=shapes,
+        trainer=dict(trainer or {}),
+    )
