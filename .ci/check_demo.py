@@ -16,7 +16,7 @@ for row in results["rows"]:
             for name, spread in numbers.items():
                 value = spread["mean"]
                 assert 0 <= value <= 1, (row["name"], world, protocol, name, value)
-        # Guessing among the 48 test pairs is right one time in 48; a trained model must be far from that.
+        # Guessing among the 96 seen pairs is right one time in 96; a trained model must be far from that.
         assert row["summary"][world]["standard"]["seen"]["mean"] > 0.1, (row["name"], world)
 page = (out / "ablation.md").read_text()
 assert all(row["name"] in page for row in results["rows"]), "ablation.md"

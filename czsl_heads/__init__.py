@@ -1,6 +1,6 @@
 """Heads for compositional zero-shot learning on any CLIP.
 
-``import czsl_heads`` loads torch, einops and numpy only; the rest is loaded when a name that needs it is first used.
+``import czsl_heads`` loads torch, einops and numpy at most; the rest is loaded when a name that needs it is first used.
 """
 
 from __future__ import annotations

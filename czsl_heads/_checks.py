@@ -50,6 +50,13 @@ def check_range(name: str, value: float, low: float, high: float = math.inf) -> 
         raise ValueError(f"expected `{name}` to be {bound}, got {value}")
 
 
+def check_integer(name: str, value: Any, low: int, high: float = math.inf) -> None:
+    """Raise TypeError unless ``value`` is an integer (of any library, but no bool), ValueError unless in range."""
+    if isinstance(value, bool) or not (isinstance(value, torch.SymInt) or hasattr(value, "__index__")):
+        raise TypeError(f"expected `{name}` to be an integer, got {value!r}")
+    check_range(name, value, low, high)
+
+
 def check_positive(name: str, value: float) -> None:
     """Raise ValueError unless ``value`` is above zero and finite."""
     if not 0 < value < math.inf:

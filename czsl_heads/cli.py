@@ -28,7 +28,7 @@ def check(root: Path) -> int:
     Returns:
         0, or 1 if an image is broken.
     """
-    from czsl_heads.data.layout import check as check_dataset
+    from czsl_heads.data.integrity import check as check_dataset
 
     report = check_dataset(root)
     print(report)
@@ -94,24 +94,23 @@ def _parser() -> ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; errors of input end in one line on stderr and exit status 1 (usage: 2; interrupted: 130)."""
+    command = ""
     try:
-        parser = _parser()
-    except ModuleNotFoundError as error:
-        print(f"czsl: expected the package {error.name}, got none: pip install 'czsl-heads[train]'", file=sys.stderr)
-        return 1
-    parsed = parser.parse_args(None if arguments is None else list(arguments))
-    command = parsed.subcommand
-    values = parsed[command].as_dict()
-    values.pop("config", None)
-    try:
+        parsed = _parser().parse_args(None if arguments is None else list(arguments))
+        command = parsed.subcommand
+        values = parsed[command].as_dict()
+        values.pop("config", None)
         return _COMMANDS[command](**values)
-    except (ValueError, OSError) as error:
-        print(f"czsl {command}: {error}", file=sys.stderr)
-        return 1
+    except ModuleNotFoundError as error:
+        complaint = f"expected the package {error.name}, got none: pip install 'czsl-heads[train]'"
+    except (ValueError, TypeError, OSError) as error:
+        complaint = str(error)
     except KeyboardInterrupt:
         hint = "; the same command resumes it" if command == "ablate" else ""
-        print(f"\nczsl {command}: interrupted{hint}", file=sys.stderr)
+        print(f"\n{f'czsl {command}'.strip()}: interrupted{hint}", file=sys.stderr)
         return 130
+    print(f"{f'czsl {command}'.strip()}: {complaint}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

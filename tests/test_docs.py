@@ -1,11 +1,15 @@
 """Every Python block of the README and of docs/ runs, in the order of its page."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from czsl_heads.report.table import ablation_markdown, percent
+from czsl_heads.training.options import AlignOptions
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -20,8 +24,8 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     images = tmp_path / "my-data" / "images"  # what docs/data.md asks its reader for
     images.mkdir(parents=True)
-    for number in range(1, 5):
-        Image.new("RGB", (60, 50), (number * 50, 20, 30)).save(images / f"{number:04d}.jpg")
+    for number in range(1, 6):
+        Image.new("RGB", (60, 50), (number * 40, 20, 30)).save(images / f"{number:04d}.jpg")
     names: dict[str, object] = {}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), names)
@@ -37,6 +41,22 @@ def test_the_model_card_quotes_its_record() -> None:
     assert f"{record['spec']['steps']:,} steps of {record['spec']['batch_size']}" in card
     assert f"{record['minutes']:.0f} minutes" in card
     assert f"logit scale {record['logit_scale']:.1f}" in card
+
+
+def test_the_readme_quotes_the_committed_results() -> None:
+    folder = ROOT / "docs" / "results" / "shapes"
+    results = json.loads((folder / "results.json").read_text())
+    assert (folder / "ablation.md").read_text() == ablation_markdown(results)
+    cells = [percent(row["summary"]["closed"]["standard"]["auc"]) for row in results["rows"]]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert len(results["config"]["seeds"]) == 3
+    assert f"AUC is {cells[0]} with [CLS] and {cells[1]} with Sparse Alignment" in text
+
+
+def test_every_option_of_training_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "ablation.md").read_text()
+    for field in dataclasses.fields(AlignOptions):
+        assert f"`{field.name}`" in page, field.name
 
 
 def test_relative_links_lead_somewhere() -> None:

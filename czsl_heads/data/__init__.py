@@ -1,8 +1,8 @@
 """Data sets in the field's layout: reader, integrity check, and the shapes world."""
 
+from czsl_heads.data.integrity import check as check
 from czsl_heads.data.layout import CompositionDataset as CompositionDataset
 from czsl_heads.data.layout import DataError as DataError
-from czsl_heads.data.layout import check as check
 from czsl_heads.data.layout import read_dataset as read_dataset
 from czsl_heads.data.shapes import make_shapes as make_shapes
 

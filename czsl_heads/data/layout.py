@@ -170,10 +170,15 @@ def read_dataset(
     return CompositionDataset(root, space, pairs, _read_samples(root, split, space, pairs))
 
 
+def layout_files(root: Path, split: str = SPLIT_NAME) -> list[Path]:
+    """The files that say what the data set holds: metadata, then the pairs of train, val and test."""
+    return [root / f"metadata_{split}.t7", *(root / split / f"{name}_pairs.txt" for name in SPLITS)]
+
+
 def _read_splits(root: Path, split: str, allow_untrained: bool) -> dict[str, list[NamedPair]]:
     if not root.is_dir():
         raise DataError(f"{root}: expected the folder of a data set, got {'a file' if root.exists() else 'nothing'}")
-    needed = [root / "images", root / f"metadata_{split}.t7", *(root / split / f"{name}_pairs.txt" for name in SPLITS)]
+    needed = [root / "images", *layout_files(root, split)]
     missing = [str(path.relative_to(root)) for path in needed if not path.exists()]
     if missing:
         raise DataError(f"{root}: expected a data set in the field's layout, got a folder without {', '.join(missing)}")
@@ -187,14 +192,14 @@ def _read_splits(root: Path, split: str, allow_untrained: bool) -> dict[str, lis
                     if pair[kind] not in trained[kind]:
                         raise DataError(
                             f"{files[name]}, line {line}: expected an {word} of the training pairs, got the unknown "
-                            f"{word} {pair[kind]!r} (allow_untrained_primitives=True accepts it)"
+                            f"{word} {pair[kind]!r} (read_dataset accepts it with allow_untrained_primitives=True)"
                         )
     return pairs
 
 
 def _read_pairs(path: Path) -> list[NamedPair]:
     try:
-        lines = path.read_text(encoding="utf-8").rstrip().split("\n")
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a text file of pairs, got one that cannot be read ({error})") from error
     if lines == [""]:
@@ -267,59 +272,3 @@ def _image_path(root: Path, row: dict[str, str], metadata: Path, entry: int) -> 
 def write_metadata(root: Path, rows: list[dict[str, str]], split: str = SPLIT_NAME) -> None:
     """Write the image list as the data sets ship it: a pickled list of dicts, readable with ``weights_only=True``."""
     torch.save(rows, root / f"metadata_{split}.t7")
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What :func:`check` found: counts of each split, and every image that does not decode."""
-
-    pairs: dict[str, int]
-    images: dict[str, int]
-    seen_images: dict[str, int]
-    pairs_without_images: dict[str, list[NamedPair]]
-    broken: list[str]
-
-    @property
-    def ok(self) -> bool:
-        return not self.broken
-
-    def __str__(self) -> str:
-        lines = [
-            f"{name:5}  {self.pairs[name]:5} pairs  "
-            f"{self.images[name]:6} images ({self.seen_images[name]} of seen pairs)"
-            + (f", {len(bare)} pairs without images" if (bare := self.pairs_without_images[name]) else "")
-            for name in SPLITS
-        ]
-        return "\n".join([*lines, *self.broken])
-
-
-def check(root: str | os.PathLike[str], *, split: str = SPLIT_NAME) -> CheckReport:
-    """Read a data set and decode every image of it.
-
-    Returns:
-        A :class:`CheckReport`; print it. Broken images are listed, not raised.
-
-    Raises:
-        DataError: As :func:`read_dataset`.
-    """
-    dataset = read_dataset(root, split=split)
-    broken = []
-    for group in dataset.samples.values():
-        for sample in group:
-            try:
-                open_image(sample.path)
-            except DataError as error:
-                broken.append(str(error))
-    seen = dataset.space.seen_mask
-    return CheckReport(
-        pairs={name: len(group) for name, group in dataset.split_pairs.items()},
-        images={name: len(group) for name, group in dataset.samples.items()},
-        seen_images={name: sum(bool(seen[s.column]) for s in group) for name, group in dataset.samples.items()},
-        pairs_without_images={name: _without_images(dataset, name) for name in SPLITS},
-        broken=broken,
-    )
-
-
-def _without_images(dataset: CompositionDataset, name: str) -> list[NamedPair]:
-    shown = {(sample.attribute, sample.object) for sample in dataset.samples[name]}
-    return [pair for pair in dataset.split_pairs[name] if pair not in shown]

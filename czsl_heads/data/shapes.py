@@ -23,6 +23,7 @@ import numpy as np
 from czsl_heads._checks import check_range
 from czsl_heads.data.drawing import ATTRIBUTES, OBJECTS, compose, render
 from czsl_heads.data.layout import SPLIT_NAME, write_metadata
+from czsl_heads.space import CompositionSpace
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -50,6 +51,12 @@ def unseen_pairs() -> list[tuple[str, str]]:
     """All pairs without training images, those of validation and of test: the tiny CLIP never saw them captioned."""
     seen = set(split_pairs("train"))
     return [(attribute, obj) for attribute in ATTRIBUTES for obj in OBJECTS if (attribute, obj) not in seen]
+
+
+def shapes_space() -> CompositionSpace:
+    """The space of the world, as :func:`~czsl_heads.data.read_dataset` finds it in every data set of it."""
+    seen = split_pairs("train")
+    return CompositionSpace(ATTRIBUTES, OBJECTS, seen, unseen_pairs()).subset(sorted([*seen, *unseen_pairs()]))
 
 
 def companions() -> dict[str, tuple[str, ...]]:
@@ -134,8 +141,11 @@ def make_shapes(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"expected `out` to be a new or empty folder, got {out}, which holds something")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise OSError(f"expected `out` to be a folder that can be written, got {out} ({error.strerror})") from error
     try:
         building.chmod(0o755)  # mkdtemp's 0700 would lock out whoever shares the data
         _write(building, spec)

@@ -82,8 +82,10 @@ def ablation_markdown(results: dict[str, Any]) -> str:
         "",
         f"- data: {data['attributes']} attributes, {data['objects']} objects; pairs {_splits(data['pairs'])}; "
         f"images {_splits(data['images'])}",
-        f"- training: {', '.join(f'{key} {value}' for key, value in config['options'].items())}",
-        f"- versions: {', '.join(f'{key} {value}' for key, value in environment['versions'].items())}",
+        f"- encoder: `{config['encoder']}`{_random_weights(config['encoder'])}; preset: {config['preset']}; "
+        f"trainer: {_settings(config['trainer']) or 'defaults, one device'}",
+        f"- training: {_settings(config['options'])}",
+        f"- versions: {_settings(environment['versions'])}",
         f"- hardware: {environment['hardware']['cores']} cores, GPUs: {environment['hardware']['gpus'] or 'none'}",
         "",
         "![Seen-unseen curves](curves.png)",
@@ -98,3 +100,11 @@ def _markdown_row(cells: list[str]) -> str:
 
 def _splits(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _settings(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def _random_weights(encoder: str) -> str:
+    return "" if encoder == "tiny" or ":" in encoder else " (**random weights**: no tag was given)"

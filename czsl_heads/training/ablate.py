@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -16,14 +15,14 @@ from typing import Any
 import torch
 
 from czsl_heads._files import write_json
-from czsl_heads.data.layout import CompositionDataset, read_dataset
-from czsl_heads.data.shapes import make_shapes
+from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.heads.sparse_align import Reduce
 from czsl_heads.training.align import PROTOCOLS, WORLDS
 from czsl_heads.training.config import AblationConfig
+from czsl_heads.training.folder import open_folder
 from czsl_heads.training.run import is_main_process, train_align
 
-CONFIG, RESULTS = "config.json", "results.json"
+RESULTS = "results.json"
 SUMMARY = ("seen", "unseen", "harmonic_mean", "auc", "attr_accuracy", "obj_accuracy")
 
 
@@ -46,22 +45,22 @@ ROWS = (Row(1, "[CLS] baseline", "cls"), Row(2, "+ Sparse Alignment", "max"))
 def run_ablation(out: Path, config: AblationConfig) -> dict[str, Any]:
     """Train and test all rows over all seeds and write ``results.json``.
 
-    Finished runs in ``out`` are kept, an interrupted one is resumed: calling again with the same configuration
-    completes the folder.
+    Finished runs in ``out`` are kept, an interrupted one is resumed: calling again with the same settings completes
+    the folder, and with more seeds extends it.
 
     Returns:
         The content of ``results.json``.
 
     Raises:
-        ValueError: ``out`` holds an ablation of another configuration, or the data set is wrong (a ``DataError``).
-        OSError: ``out`` cannot be written.
+        ValueError, OSError: As :func:`czsl_heads.training.folder.open_folder`, before anything is written.
         KeyboardInterrupt: Interrupted; calling again resumes.
     """
-    dataset = _claim(out, config)
+    dataset = open_folder(out, config)
     records: dict[int, list[dict[str, Any]]] = {row.number: [] for row in ROWS}
     for seed in config.seeds:
         for row in ROWS:
-            print(f"row {row.number} ({row.name}), seed {seed}", file=sys.stderr, flush=True)
+            if is_main_process():
+                print(f"row {row.number} ({row.name}), seed {seed}", file=sys.stderr, flush=True)
             records[row.number].append(
                 train_align(
                     out / f"seed{seed}" / row.folder,
@@ -82,33 +81,6 @@ def run_ablation(out: Path, config: AblationConfig) -> dict[str, Any]:
     if is_main_process():
         results = write_json(out / RESULTS, results)
     return results
-
-
-def _claim(out: Path, config: AblationConfig) -> CompositionDataset:
-    """Read the data first, so that a wrong path leaves no folder behind; then mark ``out`` as this ablation's."""
-    wanted = json.loads(json.dumps(asdict(config)))
-    path = out / CONFIG
-    if path.exists():
-        found = json.loads(path.read_text())
-        differing = [name for name in wanted if found.get(name) != wanted[name]]
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"expected `out` to be new or of the same configuration, got {out}, whose `{name}` is "
-                f"{found.get(name)!r} instead of {wanted[name]!r}"
-            )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"expected `out` to be a new or empty folder or one of an ablation, got {out}")
-    if config.shapes is None:
-        dataset = read_dataset(config.data)
-        write_json(path, wanted)
-        return dataset
-    write_json(path, wanted)
-    root = out / "shapes"
-    if not root.exists():
-        print(f"drawing the shapes data set in {root}", file=sys.stderr, flush=True)
-        make_shapes(root, **asdict(config.shapes))
-    return read_dataset(root)
 
 
 def _describe(dataset: CompositionDataset) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from czsl_heads.data.layout import CompositionDataset
+from czsl_heads.data.layout import CompositionDataset, DataError
 from czsl_heads.functional.protocol import CZSLResult
 from czsl_heads.metrics.czsl_score import CZSLScore
 from czsl_heads.models.sac import SAC, SpaceTexts
@@ -22,6 +22,17 @@ WORLDS: tuple[World, ...] = ("closed", "open")
 PROTOCOLS: tuple[Literal["standard", "exact"], ...] = ("standard", "exact")
 
 
+def check_validation(dataset: CompositionDataset) -> None:
+    """Raise DataError unless validation has images of seen and of unseen pairs: the epoch is chosen by their AUC."""
+    seen = dataset.space.seen_mask[dataset.images("val").columns]
+    for word, count in (("seen", int(seen.sum())), ("unseen", int((~seen).sum()))):
+        if not count:
+            raise DataError(
+                f"{dataset.root}: expected validation images of seen and of unseen pairs (the epoch is chosen by their "
+                f"AUC), got none of {word} pairs"
+            )
+
+
 class AlignStage(lightning.LightningModule):
     """Trains :class:`~czsl_heads.models.sac.SAC` over the seen pairs (Eq. 4) and evaluates it.
 
@@ -31,6 +42,7 @@ class AlignStage(lightning.LightningModule):
 
     def __init__(self, sac: SAC, dataset: CompositionDataset, options: AlignOptions, *, seed: int) -> None:
         super().__init__()
+        check_validation(dataset)
         self.sac, self.dataset, self.options, self.seed = sac, dataset, options, seed
         self.strict_loading = False
         space = dataset.space

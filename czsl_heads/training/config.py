@@ -12,6 +12,11 @@ from czsl_heads.training.options import AlignOptions, load_options
 
 QUICK_SHAPES = ShapesSpec(train_per_pair=8, val_per_pair=4, test_per_pair=8)
 QUICK_EPOCHS = 3
+# Flags of the trainer that an option decides, or that would leave no checkpoint or no log.
+_RESERVED = (
+    *("max_epochs", "max_steps", "max_time", "logger", "callbacks", "fast_dev_run", "enable_checkpointing"),
+    *("use_distributed_sampler", "limit_train_batches", "limit_val_batches", "limit_test_batches"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ def configure(
         first_seed: The first of them.
         imbalance: Information imbalance of the shapes world, in [0, 1].
         quick: Fewer images and epochs: a check that everything runs, in under three minutes on two cores.
-        options: Training options that replace the preset's, such as --options.epochs 5.
+        options: Training options that replace the preset's, such as --options.epochs 5; docs/ablation.md lists them.
         trainer: Flags of Lightning's Trainer, such as --trainer.precision bf16-mixed or --trainer.devices 2.
 
     Raises:
@@ -57,6 +62,9 @@ def configure(
     """
     check_range("seeds", seeds, 1)
     check_range("first_seed", first_seed, 0)
+    for flag in trainer or {}:
+        if flag in _RESERVED:
+            raise ValueError(f"expected `trainer` without {', '.join(_RESERVED)}, got {flag}; see `options` for epochs")
     if preset is None:
         preset = "shapes" if encoder == "tiny" else "mit-states"
     chosen = dict(options or {})

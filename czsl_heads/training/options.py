@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from importlib.resources import files
-from typing import Any
+from typing import Any, get_args
 
-from czsl_heads._checks import check_choice, check_range
+from czsl_heads._checks import check_choice, check_integer, check_positive, check_range
 from czsl_heads.adapters.lora import Matrix
 from czsl_heads.models.sac import Fusion
 
@@ -47,11 +47,17 @@ class AlignOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_matrices", tuple(self.lora_matrices))
         for name in ("epochs", "batch_size", "decay_every", "eval_batch_size"):
-            check_range(name, getattr(self, name), 1)
-        for name in ("lora_rank", "workers", "weight_decay"):
-            check_range(name, getattr(self, name), 0)
-        if not self.learning_rate > 0:
-            raise ValueError(f"expected `learning_rate` to be positive, got {self.learning_rate}")
+            check_integer(name, getattr(self, name), 1)
+        for name in ("lora_rank", "workers"):
+            check_integer(name, getattr(self, name), 0)
+        for name in ("prompt_dropout", "lora_dropout"):
+            check_range(name, getattr(self, name), 0, 1)
+        check_range("weight_decay", self.weight_decay, 0)
+        check_positive("learning_rate", self.learning_rate)
+        check_positive("decay_factor", self.decay_factor)
+        check_choice("fusion", self.fusion, get_args(Fusion))
+        if not isinstance(self.context, str):
+            raise TypeError(f"expected `context` to be a string, got {self.context!r}")
 
 
 def preset_names() -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -145,30 +146,44 @@ def load_align(folder: Path, space: CompositionSpace) -> SAC:
     return sac.eval()
 
 
+_SETTINGS: dict[str, Any] = {
+    "devices": 1,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # ours is seeded by epoch, and evaluation stays whole in every process
+}
+
+
+def check_trainer(flags: dict[str, Any]) -> None:
+    """Raise ValueError if ``lightning.Trainer`` does not take these flags here."""
+    try:
+        with _quiet():
+            lightning.Trainer(**{**_SETTINGS, **flags}, logger=False, enable_checkpointing=False)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ValueError(
+            f"expected `trainer` to hold flags that lightning.Trainer takes, got {flags}: {error}"
+        ) from error
+
+
 def _trainer(
     folder: Path, options: AlignOptions, steps: int, checkpoint: ModelCheckpoint, flags: dict[str, Any]
 ) -> lightning.Trainer:
-    settings: dict[str, Any] = {
-        "devices": 1,
-        "max_epochs": options.epochs,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": min(10, steps),
-        "enable_model_summary": False,
-        "use_distributed_sampler": False,  # ours is seeded by epoch, and evaluation stays whole in every process
-    }
+    settings = {**_SETTINGS, **flags, "max_epochs": options.epochs, "log_every_n_steps": min(10, steps)}
     with _quiet():
         # Each attempt gets its own log folder: what an interrupted one logged is kept.
         loggers = [CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")]
-        return lightning.Trainer(**{**settings, **flags}, callbacks=[checkpoint], logger=loggers)
+        return lightning.Trainer(**settings, callbacks=[checkpoint], logger=loggers)
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801
-    """Without Lightning's advice on hardware and workers, and its surprise at a run that is resumed."""
+    """Without Lightning's advice on hardware, workers and logging, and its surprise at a run that is resumed."""
 
     def __enter__(self) -> None:
         super().__enter__()
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # every process evaluates everything
+        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
         warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         self._level = logging.getLogger("lightning.pytorch").level

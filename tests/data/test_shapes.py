@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from czsl_heads.data import make_shapes, shapes
+from czsl_heads.data import make_shapes, read_dataset, shapes
 from czsl_heads.data.drawing import ATTRIBUTES, OBJECTS
-from czsl_heads.data.shapes import SPLITS, ShapesSpec, companions, draw, split_pairs, unseen_pairs
+from czsl_heads.data.shapes import SPLITS, ShapesSpec, companions, draw, shapes_space, split_pairs, unseen_pairs
 
 SMALL = {"train_per_pair": 1, "val_per_pair": 1, "test_per_pair": 1}
 
@@ -219,3 +219,7 @@ def test_the_folder_appears_when_it_is_whole(monkeypatch, tmp_path):
     make_shapes(tmp_path / "world", **SMALL)
     assert seen == [False] * 192
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
+
+
+def test_the_space_is_that_of_the_written_data_set(shapes_root):
+    assert shapes_space() == read_dataset(shapes_root).space

@@ -1,16 +1,19 @@
 """The ablation: rows share data and seeds, folders are claimed by one configuration, results are complete."""
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 from czsl_heads.data import DataError
 from czsl_heads.report.curves import plot_curves
 from czsl_heads.report.table import ablation_markdown, print_ablation
 from czsl_heads.training.ablate import RESULTS, SUMMARY, run_ablation
 from czsl_heads.training.config import configure
+from czsl_heads.training.folder import open_folder
 
 FAST = {"epochs": 1, "batch_size": 48, "lora_rank": 1}
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
@@ -58,14 +61,98 @@ def test_calling_again_repeats_nothing(ablation: tuple[Path, dict], shapes_root:
     assert {path: path.stat().st_mtime_ns for path in out.rglob("run.json")} == stamps
 
 
-def test_a_folder_of_another_configuration_is_refused(ablation: tuple[Path, dict], shapes_root: Path) -> None:
+def test_a_folder_of_other_settings_is_refused(ablation: tuple[Path, dict], shapes_root: Path) -> None:
     out, _ = ablation
-    before = sorted(out.rglob("*"))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    other = configure(data=str(shapes_root), options={**FAST, "learning_rate": 0.5}, trainer=QUIET)
     with pytest.raises(
-        ValueError, match=r"of the same configuration, got .*whose `seeds` is \[0, 1\] instead of \[0\]"
+        ValueError, match=r"of the same settings, got .*, whose options.learning_rate is 0.0001 instead"
     ):
-        run_ablation(out, configure(data=str(shapes_root), options=FAST, trainer=QUIET))
-    assert sorted(out.rglob("*")) == before
+        run_ablation(out, other)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_seeds_can_be_added_and_speed_settings_changed(
+    ablation: tuple[Path, dict], shapes_root: Path, tmp_path: Path
+) -> None:
+    out, results = ablation
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    options = {**FAST, "workers": 0}
+    fewer = run_ablation(
+        copy, configure(data=str(shapes_root), seeds=1, options=options, trainer={"accelerator": "cpu"})
+    )
+    assert [row["runs"] for row in fewer["rows"]] == [row["runs"][:1] for row in results["rows"]]
+    again = run_ablation(copy, configure(data=str(shapes_root), seeds=2, options=options, trainer=QUIET))
+    assert again["rows"] == results["rows"]
+
+
+@pytest.fixture
+def data(shapes_root: Path, tmp_path: Path) -> Path:
+    """A copy of the data set that a test may spoil."""
+    return Path(shutil.copytree(shapes_root, tmp_path / "data"))
+
+
+def test_changed_data_is_refused(data: Path, tmp_path: Path) -> None:
+    config = configure(data=str(data), options=FAST, trainer=QUIET)
+    open_folder(tmp_path / "out", config)
+    pairs = data / "compositional-split-natural" / "test_pairs.txt"
+    pairs.write_text("\n".join(pairs.read_text().split("\n")[1:]))
+    metadata = data / "metadata_compositional-split-natural.t7"
+    members = set(map(tuple, (line.split() for line in pairs.read_text().split("\n") if line)))
+    rows = torch.load(metadata, weights_only=True)
+    torch.save([row for row in rows if row["set"] != "test" or (row["attr"], row["obj"]) in members], metadata)
+    with pytest.raises(ValueError, match="whose data_digest is"):
+        open_folder(tmp_path / "out", config)
+
+
+@pytest.mark.parametrize("word", ["seen", "unseen"])
+def test_validation_without_one_sort_is_refused(data: Path, tmp_path: Path, word: str) -> None:
+    pairs = data / "compositional-split-natural"
+    train = set((pairs / "train_pairs.txt").read_text().split("\n"))
+    metadata = data / "metadata_compositional-split-natural.t7"
+    rows = torch.load(metadata, weights_only=True)
+    dropped = [
+        row for row in rows if row["set"] != "val" or (f"{row['attr']} {row['obj']}" in train) != (word == "seen")
+    ]
+    torch.save(dropped, metadata)
+    with pytest.raises(
+        DataError, match=rf"expected validation images of seen and of unseen pairs.*got none of {word} pairs"
+    ):
+        run_ablation(tmp_path / "out", configure(data=str(data), options=FAST, trainer=QUIET))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_image_is_found_before_anything_is_written(data: Path, tmp_path: Path) -> None:
+    image = sorted((data / "images").rglob("test_*.png"))[3]
+    image.write_bytes(image.read_bytes()[:200])
+    with pytest.raises(DataError, match=rf"{image.name}: expected a whole image"):
+        run_ablation(tmp_path / "out", configure(data=str(data), options=FAST, trainer=QUIET))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"encoder": "ViT-Z"}, "expected `model_or_name`"),
+        ({"encoder": "RN50"}, "expected a vision tower of kind VisionTransformer"),
+        ({"options": {"lora_layers": 40}}, "expected `layers`"),
+        ({"options": {"lora_matrices": ["z"]}}, "expected `matrices`"),
+        ({"trainer": {"foo": 3}}, "expected `trainer` to hold flags that lightning.Trainer takes"),
+        ({"trainer": {"accelerator": "nope"}}, "expected `trainer` to hold flags that lightning.Trainer takes"),
+    ],
+)
+def test_settings_are_tried_before_anything_is_written(shapes_root: Path, tmp_path: Path, arguments, message) -> None:
+    for data in ("shapes", str(shapes_root)):
+        with pytest.raises((ValueError, TypeError), match=message):
+            run_ablation(tmp_path / "out", configure(data=data, preset="shapes", **arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(shapes_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"expected `out` to be a folder that can be written, got .*file/out"):
+        run_ablation(tmp_path / "file" / "out", configure(data=str(shapes_root)))
 
 
 def test_a_wrong_data_folder_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -90,10 +177,14 @@ def test_a_full_folder_is_refused(tmp_path: Path, shapes_root: Path) -> None:
         ({"imbalance": 2.0}, "expected `imbalance` to be in"),
         ({"preset": "nothing"}, "expected `preset` to be one of"),
         ({"options": {"lr": 1}}, "expected `options` to be one of"),
+        ({"options": {"epochs": "many"}}, "expected `epochs`"),
+        ({"options": {"epochs": None}}, "expected `epochs`"),
+        ({"trainer": {"max_epochs": 2}}, "expected `trainer` without max_epochs, .*got max_epochs"),
+        ({"trainer": {"fast_dev_run": True}}, "expected `trainer` without .*got fast_dev_run"),
     ],
 )
 def test_wrong_arguments_raise(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         configure(**arguments)
 
 
@@ -132,16 +223,12 @@ def test_the_curves_are_drawn(ablation: tuple[Path, dict], tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
-def test_a_test_split_without_unseen_pairs_is_reported_as_such(tmp_path: Path, shapes_root: Path) -> None:
-    import shutil
-
-    root = tmp_path / "data"
-    shutil.copytree(shapes_root, root)
-    pairs = root / "compositional-split-natural"
+def test_a_test_split_without_unseen_pairs_is_reported_as_such(tmp_path: Path, data: Path) -> None:
+    pairs = data / "compositional-split-natural"
     train = set((pairs / "train_pairs.txt").read_text().split("\n"))
     kept = [line for line in (pairs / "test_pairs.txt").read_text().split("\n") if line in train]
     (pairs / "test_pairs.txt").write_text("\n".join(kept))
-    results = run_ablation(tmp_path / "out", configure(data=str(root), options=FAST, trainer=QUIET))
+    results = run_ablation(tmp_path / "out", configure(data=str(data), options=FAST, trainer=QUIET))
     summary = results["rows"][0]["summary"]["closed"]["standard"]
     assert summary["unseen"]["mean"] is None
     assert 0 <= summary["seen"]["mean"] <= 1

@@ -31,7 +31,7 @@ def test_an_override_replaces_one_option() -> None:
         (lambda: load_options("imagenet"), "expected `preset` to be one of cgqa, .*got 'imagenet'"),
         (lambda: load_options("shapes", {"epoch": 2}), "expected `options` to be one of epochs, .*got 'epoch'"),
         (lambda: AlignOptions(epochs=0), "expected `epochs` to be at least 1, got 0"),
-        (lambda: AlignOptions(learning_rate=0), "expected `learning_rate` to be positive, got 0"),
+        (lambda: AlignOptions(learning_rate=0), "expected `learning_rate` to be positive and finite, got 0"),
     ],
 )
 def test_wrong_options_raise(call, message: str) -> None:

@@ -1,0 +1,102 @@
+"""One folder, one ablation: nothing is written before all its settings were tried, and other settings are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from czsl_heads._files import write_json
+from czsl_heads.data.integrity import broken_images
+from czsl_heads.data.layout import CompositionDataset, DataError, layout_files, read_dataset
+from czsl_heads.data.shapes import make_shapes, shapes_space
+from czsl_heads.space import CompositionSpace
+from czsl_heads.training.align import check_validation
+from czsl_heads.training.config import AblationConfig
+from czsl_heads.training.run import build_sac, check_trainer
+
+CONFIG = "config.json"
+# May differ when an ablation is taken up again: they decide which numbers there are, or how fast, but none of them.
+_FREE = ("seeds", "options.workers", "trainer.enable_progress_bar")
+
+
+def open_folder(out: Path, config: AblationConfig) -> CompositionDataset:
+    """Claim ``out`` for an ablation, or take it up again, and give its data set.
+
+    A new folder is made only after the data was read, every image of it decoded, and the model and the trainer built
+    once; so a wrong argument leaves nothing behind.
+
+    Raises:
+        ValueError: The data, the encoder, an option or a flag is wrong; or ``out`` is of another ablation.
+        OSError: ``out`` holds something else, or cannot be written.
+    """
+    path = out / CONFIG
+    if path.exists():
+        dataset = None if config.shapes else read_dataset(config.data)
+        _compare(out, json.loads(path.read_text()), _settings(config))
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"expected `out` to be a new or empty folder or one of an ablation, got {out}")
+    else:
+        dataset = None if config.shapes else _checked_dataset(config.data)
+        _rehearse(config, shapes_space() if dataset is None else dataset.space)
+    try:
+        write_json(path, _settings(config))
+        if dataset is None:
+            dataset = _drawn_dataset(out / "shapes", config)
+    except OSError as error:
+        raise OSError(f"expected `out` to be a folder that can be written, got {out} ({error.strerror})") from error
+    return dataset
+
+
+def _drawn_dataset(root: Path, config: AblationConfig) -> CompositionDataset:
+    assert config.shapes is not None
+    if not root.exists():
+        print(f"drawing the shapes data set in {root}", file=sys.stderr, flush=True)
+        make_shapes(root, **asdict(config.shapes))
+    return read_dataset(root)
+
+
+def _checked_dataset(root: str) -> CompositionDataset:
+    dataset = read_dataset(root)
+    check_validation(dataset)
+    print(f"decoding all images of {root} once", file=sys.stderr, flush=True)
+    if broken := broken_images(dataset):
+        more = f" (and {len(broken) - 1} more; czsl check lists them)" if len(broken) > 1 else ""
+        raise DataError(broken[0] + more)
+    return dataset
+
+
+def _rehearse(config: AblationConfig, space: CompositionSpace) -> None:
+    check_trainer(config.trainer)
+    build_sac(config.encoder, space, config.options)
+
+
+def _settings(config: AblationConfig) -> dict[str, Any]:
+    """What is kept in the folder: the configuration, and what the files of the data set say."""
+    settings: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    if config.shapes is None:
+        content = b"".join(path.read_bytes() for path in layout_files(Path(config.data)))
+        settings["data_digest"] = hashlib.sha256(content).hexdigest()
+    return settings
+
+
+def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    before, now = dict(_leaves(found)), dict(_leaves(wanted))
+    for name in sorted(before.keys() | now.keys()):
+        if name not in _FREE and before.get(name) != now.get(name):
+            raise ValueError(
+                f"expected `out` to be new or of the same settings, got {out}, whose {name} is {before.get(name)!r} "
+                f"instead of {now.get(name)!r}"
+            )
+
+
+def _leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
