@@ -10,7 +10,7 @@ import torch
 
 from czsl_heads.data import DataError
 from czsl_heads.report.curves import plot_curves
-from czsl_heads.report.table import ablation_markdown, print_ablation
+from czsl_heads.report.table import ablation_markdown
 from czsl_heads.training.ablate import RESULTS, SUMMARY, run_ablation
 from czsl_heads.training.config import configure
 from czsl_heads.training.folder import open_folder
@@ -193,34 +193,6 @@ def test_presets_follow_the_encoder() -> None:
     assert configure(encoder="ViT-L-14:openai", data="x").preset == "mit-states"
     assert configure(quick=True).options.epochs < configure().options.epochs
     assert configure(quick=True, options={"epochs": 9}).options.epochs == 9
-
-
-def test_the_page_says_what_the_results_say(ablation: tuple[Path, dict]) -> None:
-    _, results = ablation
-    page = ablation_markdown(results)
-    for row in results["rows"]:
-        auc = row["summary"]["closed"]["standard"]["auc"]
-        cell = f"{100 * auc['mean']:.1f} ± {100 * auc['std']:.1f}"
-        assert any(row["name"] in line and cell in line for line in page.splitlines())
-    assert "mean ± sd of 2 seeds" in page
-    assert page.count("| row |") == 2
-
-
-def test_the_terminal_shows_both_worlds(ablation: tuple[Path, dict], capsys: pytest.CaptureFixture) -> None:
-    print_ablation(ablation[1])
-    shown = capsys.readouterr().out
-    assert "closed world" in shown
-    assert "open world" in shown
-
-
-def test_the_curves_are_drawn(ablation: tuple[Path, dict], tmp_path: Path) -> None:
-    from PIL import Image
-
-    plot_curves(ablation[1], tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as picture:
-        colors = picture.convert("RGB").getcolors(maxcolors=1 << 20)
-    assert len(colors) > 100  # two coloured curves with soft edges, not an empty frame
-    assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
 def test_a_test_split_without_unseen_pairs_is_reported_as_such(tmp_path: Path, data: Path) -> None:

@@ -1,0 +1,13 @@
+"""Results of a real ablation: the committed ones."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "shapes" / "results.json"
+
+
+@pytest.fixture
+def results() -> dict:
+    return json.loads(RESULTS.read_text())
