@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -175,20 +177,26 @@ def _trainer(
         return lightning.Trainer(**settings, callbacks=[checkpoint], logger=loggers)
 
 
-class _quiet(warnings.catch_warnings):  # noqa: N801
-    """Without Lightning's advice on hardware, workers and logging, and its surprise at a run that is resumed."""
+_UNASKED = (
+    "does not have many workers",
+    "GPU available but not used",
+    "sync_dist=True",  # every process evaluates everything
+    "smaller than the logging interval",
+    "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
+    "LeafSpec.*is deprecated",
+)
 
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-        warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # every process evaluates everything
-        warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-        warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-        self._level = logging.getLogger("lightning.pytorch").level
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
-    def __exit__(self, *error: Any) -> None:
-        logging.getLogger("lightning.pytorch").setLevel(self._level)
-        super().__exit__(*error)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's advice on what is decided here, and its notes on the hardware."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for words in _UNASKED:
+                warnings.filterwarnings("ignore", message=f".*{words}")
+            yield
+    finally:
+        logger.setLevel(level)
