@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,6 +21,12 @@ def check_tensor(name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] | Non
     if dtypes is not None and value.dtype not in dtypes:
         wanted = ", ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"expected `{name}` of dtype {wanted}, got {value.dtype}")
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Raise TypeError unless ``value`` is a ``kind``."""
+    if not isinstance(value, kind):
+        raise TypeError(f"expected `{name}` to be a {kind.__name__}, got {type(value).__name__}")
 
 
 def check_shapes(**named: tuple[Tensor, str]) -> dict[str, int]:
@@ -44,23 +52,44 @@ def check_shapes(**named: tuple[Tensor, str]) -> dict[str, int]:
 
 
 def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    """Raise ValueError unless ``low <= value <= high``."""
+    """Raise TypeError unless ``value`` is a real number, ValueError unless ``low <= value <= high``; NaN is not."""
+    _check_number(name, value)
+    _check_bounds(name, value, low, high)
+
+
+def check_integer(name: str, value: Any, low: int, high: float = math.inf) -> None:
+    """Raise TypeError unless ``value`` is an integer (of any library, but no bool), ValueError unless in range."""
+    if not _is_integer(value):
+        raise TypeError(f"expected `{name}` to be an integer, got {value!r}")
+    _check_bounds(name, value, low, high)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise TypeError unless ``value`` is a real number, ValueError unless it is above zero and finite."""
+    _check_number(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"expected `{name}` to be positive and finite, got {value}")
+
+
+def _check_bounds(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         bound = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise ValueError(f"expected `{name}` to be {bound}, got {value}")
 
 
-def check_integer(name: str, value: Any, low: int, high: float = math.inf) -> None:
-    """Raise TypeError unless ``value`` is an integer (of any library, but no bool), ValueError unless in range."""
-    if isinstance(value, bool) or not (isinstance(value, torch.SymInt) or hasattr(value, "__index__")):
-        raise TypeError(f"expected `{name}` to be an integer, got {value!r}")
-    check_range(name, value, low, high)
+def _is_integer(value: Any) -> bool:
+    if isinstance(value, (int, torch.SymInt)):  # a size that torch.export leaves open must not be asked for its value
+        return not isinstance(value, bool)
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
-def check_positive(name: str, value: float) -> None:
-    """Raise ValueError unless ``value`` is above zero and finite."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"expected `{name}` to be positive and finite, got {value}")
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"expected `{name}` to be a number, got {value!r}")
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

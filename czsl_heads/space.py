@@ -46,7 +46,7 @@ class CompositionSpace:
     Raises:
         ValueError: A name or pair is repeated, a pair names an unknown primitive, a pair is both seen and unseen, or
             ``seen`` is empty. The message names the offender.
-        TypeError: A name is no string.
+        TypeError: A name is no string, or an argument no sequence.
 
     Example:
         >>> space = CompositionSpace(["black", "white"], ["swan", "cat"], seen=[("white", "swan"), ("black", "cat")])
@@ -70,6 +70,9 @@ class CompositionSpace:
     ) -> None:
         self.attributes = _checked_names("attributes", attributes)
         self.objects = _checked_names("objects", objects)
+        for role, group in (("seen", seen), ("unseen", unseen)):
+            if isinstance(group, str) or not isinstance(group, (Tensor, Iterable)):
+                raise TypeError(f"expected `{role}` to be an iterable of pairs, got {group!r}")
         seen, unseen = list(seen), list(unseen)
         if not seen:
             raise ValueError("expected `seen` to hold at least one pair, got none")
@@ -196,6 +199,8 @@ class CompositionSpace:
 def _checked_names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise TypeError(f"expected `{argument}` to be a sequence of names, got the string {names!r}")
+    if not isinstance(names, Iterable):
+        raise TypeError(f"expected `{argument}` to be a sequence of names, got {names!r}")
     names = tuple(names)
     known: set[str] = set()
     for name in names:

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from czsl_heads._checks import check_choice, check_positive, check_range, check_shapes, check_tensor
+from czsl_heads._checks import check_choice, check_integer, check_positive, check_range, check_shapes, check_tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -74,6 +75,50 @@ def test_nan_is_in_no_range():
 def test_positive_means_finite_too(value):
     with pytest.raises(ValueError, match=f"expected `temperature` to be positive and finite, got {value}"):
         check_positive("temperature", value)
+
+
+@pytest.mark.parametrize("value", ["a", None, [1], 1j, torch.ones(())])
+def test_what_is_no_number_is_named(value):
+    with pytest.raises(TypeError, match="expected `weight` to be a number, got "):
+        check_range("weight", value, 0, 1)
+    with pytest.raises(TypeError, match="expected `temperature` to be a number, got "):
+        check_positive("temperature", value)
+
+
+def test_numbers_of_numpy_pass():
+    check_range("weight", np.float32(0.5), 0, 1)
+    check_positive("temperature", np.int64(3))
+
+
+@pytest.mark.parametrize("value", [1, 7, np.int64(3), np.array(3), torch.tensor(3)])
+def test_integers_of_any_library_pass(value):
+    check_integer("k", value, 1, 7)
+    check_integer("k", value, 1)
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "2", None, np.float64(2), np.bool_(True), np.ones(2, int), torch.ones(2)])
+def test_what_is_no_integer_is_named(value):
+    with pytest.raises(TypeError, match="expected `k` to be an integer, got "):
+        check_integer("k", value, 1)
+
+
+def test_integers_out_of_range_are_told():
+    with pytest.raises(ValueError, match=r"expected `k` to be in \[1, 7\], got 8"):
+        check_integer("k", 8, 1, 7)
+    with pytest.raises(ValueError, match="expected `k` to be at least 1, got 0"):
+        check_integer("k", np.int64(0), 1)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_size_left_open_by_an_export_is_an_integer(strict):
+    class Checked(torch.nn.Module):
+        def forward(self, tokens):
+            check_integer("tokens.shape[0]", tokens.shape[0], 1)
+            return 2 * tokens
+
+    sizes = {"tokens": {0: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(Checked(), (torch.zeros(3),), dynamic_shapes=sizes, strict=strict)
+    assert torch.equal(program.module()(torch.ones(5)), torch.full((5,), 2.0))
 
 
 def test_smallest_positive_number_passes():

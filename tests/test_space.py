@@ -75,6 +75,7 @@ def test_names_may_come_from_any_iterable(space):
         (["wet", " "], ValueError, "to hold names, got ' '"),
         (["wet", 3], TypeError, "to hold strings, got 3"),
         ([], ValueError, "to hold at least one name, got none"),
+        (5, TypeError, "to be a sequence of names, got 5"),
         ("wet", TypeError, "to be a sequence of names, got the string 'wet'"),
     ],
 )
@@ -103,6 +104,9 @@ def test_wrong_names_are_told(role, names, error, message):
         ([(0, 0, 0)], [], TypeError, r"`seen` to hold \(attribute, object\) pairs, got \(0, 0, 0\)"),
         (["ab"], [], TypeError, r"`seen` to hold \(attribute, object\) pairs, got 'ab'"),
         ([7], [], TypeError, r"`seen` to hold \(attribute, object\) pairs, got 7"),
+        (None, [], TypeError, r"expected `seen` to be an iterable of pairs, got None"),
+        ("ab", [], TypeError, r"expected `seen` to be an iterable of pairs, got 'ab'"),
+        ([(0, 0)], 5, TypeError, r"expected `unseen` to be an iterable of pairs, got 5"),
         (torch.zeros(1, 2), [], TypeError, r"`seen` to hold names or indices, got 0.0"),
     ],
 )

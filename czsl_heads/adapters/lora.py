@@ -8,15 +8,15 @@ gradient of its full shape, so the attention is replaced by one of the same para
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from czsl_heads._checks import check_choice, check_range
-from czsl_heads.encoders.protocol import Encoder, Tower
+from czsl_heads._checks import check_choice, check_integer, check_positive, check_range
+from czsl_heads.encoders.protocol import Encoder, Tower, check_encoder
 
 Matrix = Literal["q", "k", "v", "o", "fc", "proj"]
 ATTENTION: tuple[Matrix, ...] = ("q", "k", "v", "o")
@@ -39,7 +39,7 @@ def add_lora(
         encoder: A wrapped CLIP with open_clip's residual blocks.
         matrices: Which weights: ``q k v o`` of the attention, ``fc proj`` of the MLP.
         rank: Of each update, at least 1.
-        alpha: The update is scaled by ``alpha / rank``; default: ``rank``, which scales by 1.
+        alpha: The update is scaled by ``alpha / rank``, positive; default: ``rank``, which scales by 1.
         dropout: On the input of the update, in training.
         layers: The last so many blocks, or their indices (negative ones count from the end); default: all.
         tower: ``"vision"`` or ``"text"``.
@@ -49,7 +49,8 @@ def add_lora(
 
     Raises:
         ValueError: An option is unknown, empty or out of range, or a block is adapted already.
-        TypeError: A block is of another kind than open_clip's ``ResidualAttentionBlock``.
+        TypeError: ``encoder`` is no Encoder, an option has another type, or a block is of another kind than
+            open_clip's ``ResidualAttentionBlock``.
 
     Example:
         >>> from czsl_heads import wrap
@@ -62,12 +63,17 @@ def add_lora(
         Hu et al., LoRA, ICLR 2022. Zanella and Ben Ayed, CLIP-LoRA, CVPR workshops 2024 (q, k, v; rank 2). SAC tunes
         the vision tower with it; the paper states neither rank nor matrices.
     """
+    check_encoder("encoder", encoder)
+    if isinstance(matrices, str):
+        raise TypeError(f"expected `matrices` to be a sequence of names, got the string {matrices!r}")
     matrices = tuple(matrices)
     if not matrices:
         raise ValueError("expected `matrices` to name at least one, got none")
     for matrix in matrices:
         check_choice("matrices", matrix, (*ATTENTION, *MLP))
-    check_range("rank", rank, 1)
+    check_integer("rank", rank, 1)
+    if alpha is not None:
+        check_positive("alpha", alpha)
     check_range("dropout", dropout, 0, 1)
     blocks = encoder.blocks(tower)
     chosen: list[Any] = [blocks[index] for index in _layer_indices(layers, len(blocks))]
@@ -91,11 +97,12 @@ def add_lora(
 def _layer_indices(layers: int | Sequence[int] | None, depth: int) -> list[int]:
     if layers is None:
         return list(range(depth))
-    if isinstance(layers, int):
-        check_range("layers", layers, 1, depth)
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        check_integer("layers", layers, 1, depth)
         return list(range(depth - layers, depth))
+    layers = list(layers)
     for index in layers:
-        check_range("layers", index, -depth, depth - 1)
+        check_integer("layers", index, -depth, depth - 1)
     indices = sorted({index % depth for index in layers})
     if not indices:
         raise ValueError("expected `layers` to name at least one block, got none")
@@ -137,7 +144,8 @@ class _Delta(nn.Module):
 class _Mergeable(nn.Module):
     """Weights that the updates can be folded into, for inference, and taken out of again to the bit.
 
-    While merged, a state dict still holds the weights before merging, so that checkpoints mean one thing.
+    Merged updates would get no gradient: a forward pass in training mode then raises ValueError. While merged, a state
+    dict still holds the weights before merging, so that checkpoints mean one thing.
     """
 
     deltas: nn.ModuleDict
@@ -174,6 +182,8 @@ class _Mergeable(nn.Module):
         return delta
 
     def _add(self, matrix: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+        if self.merged and self.training:
+            raise ValueError("expected updates unmerged in training mode, got merged ones, which would not train")
         if matrix not in self.deltas or self.merged:
             return outputs
         added: Tensor = self.deltas[matrix](inputs)
@@ -244,9 +254,10 @@ class LoRAAttention(_Mergeable):
     ) -> tuple[Tensor, None]:
         if need_weights:
             raise ValueError("expected `need_weights=False`, got True: the fused attention has no weights to return")
+        same = key is query and value is query  # which the views below would hide
         if not self.batch_first:
             query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-        if key is query and value is query:
+        if same:
             projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         else:
             weights, biases = self.in_proj_weight.chunk(3), self._bias_chunks()
@@ -255,6 +266,8 @@ class LoRAAttention(_Mergeable):
             self._add(matrix, inputs, outputs).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for matrix, inputs, outputs in zip(("q", "k", "v"), (query, key, value), projected)
         )  # each [batch, heads, length, dim / heads]
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask  # nn.MultiheadAttention hides where it is true, this function where it is false
         dropout = self.attention_dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
         mixed = mixed.transpose(1, 2).flatten(2)

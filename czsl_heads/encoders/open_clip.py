@@ -104,17 +104,24 @@ class OpenClipEncoder(nn.Module):
         Raises:
             TypeError, ValueError: ``images`` is no float tensor, or of another shape.
         """
-        height, width = self._visual.image_size
-        check_tensor("images", images)
-        check_shapes(images=(images, f"batch 3 {height} {width}"))
+        self._check_images(images)
         hidden = self._visual.transformer(self._visual._embeds(images))
         tokens: Tensor = self._visual.ln_post(hidden) @ self._visual.proj
         return tokens
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Images ``[batch, 3, height, width]`` to the model's own features ``[batch, dim]``; not normalised."""
+        """Images ``[batch, 3, height, width]`` to the model's own features ``[batch, dim]``; not normalised.
+
+        Arguments and errors as in :meth:`encode_tokens`.
+        """
+        self._check_images(images)
         features: Tensor = self.model.encode_image(images)
         return features
+
+    def _check_images(self, images: Tensor) -> None:
+        height, width = self._visual.image_size
+        check_tensor("images", images)
+        check_shapes(images=(images, f"batch 3 {height} {width}"))
 
     def encode_texts(self, texts: list[str]) -> Tensor:
         """Strings to text features ``[texts, dim]``; not normalised. Runs only as many positions as are needed."""

@@ -66,3 +66,12 @@ class Encoder(Protocol):
     def transform(self, train: bool = False) -> Callable[[Any], Tensor]:
         """PIL image to input tensor, as this model was pretrained; ``train`` adds the field's augmentation."""
         ...
+
+
+def check_encoder(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` has all that an :class:`Encoder` has (a compiled one passes it on)."""
+    for member in vars(Encoder):
+        if not member.startswith("_") and not hasattr(value, member):
+            raise TypeError(
+                f"expected `{name}` to be an Encoder, as `wrap` returns, got {type(value).__name__} without `{member}`"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -29,7 +30,7 @@ def wrap(
 
     Raises:
         TypeError: No open_clip model or name, or a tower of a kind that is not supported.
-        ValueError: An unknown name, or a tower that pools otherwise than by the class token.
+        ValueError: An unknown name or tag, or a tower that pools otherwise than by the class token.
 
     Example:
         >>> import torch
@@ -60,6 +61,12 @@ def _from_name(name: str) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
     if architecture not in open_clip.list_models():
         raise ValueError(
             f'expected `model_or_name` to be "tiny" or "ARCHITECTURE[:TAG]" with one of open_clip.list_models(), '
+            f"got {name!r}"
+        )
+    if tag and not open_clip.get_pretrained_cfg(architecture, tag) and not Path(tag).is_file():
+        known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+        raise ValueError(
+            f"expected `model_or_name` with a tag of {architecture} (one of {known}) or the path of a checkpoint, "
             f"got {name!r}"
         )
     model = open_clip.create_model(architecture, pretrained=tag or None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch.nn.functional as F
@@ -46,11 +45,12 @@ def alignment(
         cls_weight: Weight of [CLS] in the blend, in [0, 1].
 
     Returns:
-        Cosines in [-1, 1], ``[batch, texts]``; float64 if an input is, else float32. A zero vector scores 0.
+        Cosines ``[batch, texts]``, in [-1, 1] up to rounding; float64 if an input is, else float32. A zero vector
+        scores 0.
 
     Raises:
-        TypeError: An input is no float tensor.
-        ValueError: A shape or an option does not fit; there is no token besides [CLS] and it is excluded.
+        TypeError: An input is no float tensor, or an option no number.
+        ValueError: A shape or an option does not fit; there is no token, or none besides [CLS] and it is excluded.
 
     Example:
         >>> tokens = torch.tensor([[[2.0, 0.0], [0.0, 3.0]]])
@@ -68,6 +68,8 @@ def alignment(
     check_range("cls_weight", cls_weight, 0, 1)
     if reduce == "topk" and k is None:
         raise ValueError('expected `k` with reduce="topk", got None')
+    if sizes["tokens"] < 1:
+        raise ValueError("expected `tokens` with at least one token, got 0")
     if sizes["tokens"] < 2 - include_cls and reduce != "cls":
         raise ValueError(
             f"expected `tokens` with patches beside [CLS] (include_cls=False), got {sizes['tokens']} token"
@@ -89,5 +91,7 @@ def _reduce(tokens: Tensor, texts: Tensor, reduce: Reduction, k: int | None, tem
         check_positive("temperature", temperature)
         with no_autocast(tokens.device):
             cosines = tokens @ texts.mT
-        return temperature * ((cosines / temperature).logsumexp(dim=1) - math.log(tokens.shape[1]))
+        # The count as a tensor: math.log would fix the number of tokens that torch.export leaves open.
+        count = cosines.new_ones(tokens.shape[1]).sum()
+        return temperature * ((cosines / temperature).logsumexp(dim=1) - count.log())
     return maxsim(tokens, texts, k=k if reduce == "topk" and k is not None else 1)

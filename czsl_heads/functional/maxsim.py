@@ -6,7 +6,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from czsl_heads._checks import check_choice, check_range, check_shapes, check_tensor
+from czsl_heads._checks import check_choice, check_integer, check_shapes, check_tensor
 from czsl_heads.functional.precision import no_autocast, score_dtype
 
 Select = Literal["exact"]
@@ -62,7 +62,7 @@ def maxsim(
         first, if ``k > 1``.
 
     Raises:
-        TypeError: An input is no float tensor.
+        TypeError: An input is no float tensor, or ``k`` no integer.
         ValueError: The shapes do not fit, ``k`` is out of range, or an option is unknown.
 
     Example:
@@ -78,7 +78,7 @@ def maxsim(
     check_tensor("texts", texts)
     text_axes = "batch texts dim" if texts.ndim == 3 else "texts dim"
     sizes = check_shapes(tokens=(tokens, "batch tokens dim"), texts=(texts, text_axes))
-    check_range("k", k, 1, sizes["tokens"])
+    check_integer("k", k, 1, sizes["tokens"])
     check_choice("select", select, ("exact",))
     check_choice("backend", backend, ("auto", "dense"))
 

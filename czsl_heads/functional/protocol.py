@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from czsl_heads._checks import check_choice, check_range, check_shapes, check_tensor
+from czsl_heads._checks import check_choice, check_integer, check_shapes, check_tensor
 
 Protocol = Literal["standard", "exact"]
 Scores: TypeAlias = Tensor | Iterable[tuple[int, Tensor]]
@@ -136,7 +136,7 @@ def czsl_scores(
         A :class:`CZSLResult`.
 
     Raises:
-        TypeError: A tensor has the wrong kind.
+        TypeError: A tensor has the wrong kind, or ``topk`` is no integer.
         ValueError: Shapes do not fit, blocks overlap or leave columns out, there is no sample, a true pair is no
             candidate, or a score is NaN or, as float32, +inf.
 
@@ -180,7 +180,7 @@ def gather_evidence(
         eval_mask=(eval_mask, "pairs"),
     )
     num_pairs = sizes["pairs"]
-    check_range("topk", topk, 1, num_pairs)
+    check_integer("topk", topk, 1, num_pairs)
     _check_targets(target_pair, eval_mask)
 
     gathered: _Gathering | None = None
@@ -218,7 +218,12 @@ def _check_targets(target_pair: Tensor, eval_mask: Tensor) -> None:
 
 
 def _blocks(scores: Scores, samples: int) -> Iterator[tuple[int, Tensor]]:
-    for first, block in [(0, scores)] if isinstance(scores, Tensor) else scores:
+    if not isinstance(scores, (Tensor, Iterable)):
+        raise TypeError(f"expected `scores` to be a tensor or an iterable of blocks, got {type(scores).__name__}")
+    for part in [(0, scores)] if isinstance(scores, Tensor) else scores:
+        if not isinstance(part, (tuple, list)) or len(part) != 2 or not hasattr(part[0], "__index__"):
+            raise TypeError(f"expected `scores` to hold (first_column, block) pairs, got {type(part).__name__}")
+        first, block = part
         check_tensor("scores", block)
         check_shapes(scores=(block, f"{samples} pairs"))
         if block.shape[1]:

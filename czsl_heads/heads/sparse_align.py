@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from czsl_heads._checks import check_choice, check_positive, check_range, check_shapes, check_tensor
+from czsl_heads._checks import check_choice, check_integer, check_positive, check_range, check_shapes, check_tensor
 from czsl_heads.functional.alignment import REDUCTIONS, alignment
 from czsl_heads.functional.precision import no_autocast, score_dtype
 
@@ -35,7 +35,8 @@ class SparseAlignHead(nn.Module):
         dim: Size of the joint space, for ``"linear"`` and ``"attention"`` only.
         include_cls: Whether token 0 takes part in the reduction.
         cls_weight: Weight in [0, 1] of the [CLS] score, blended in after the reduction.
-        logit_scale: Factor from cosine to logit, CLIP's 100; 1.0 gives cosines, for code that scales itself.
+        logit_scale: Factor from cosine to logit, positive: CLIP's 100. A scalar tensor, ``encoder.logit_scale`` say, is
+            read once. 1.0 gives cosines, for code that scales itself.
 
     Shape:
         ``tokens`` [batch, tokens, dim], [CLS] first; ``texts`` [texts, dim] or, of each image its own,
@@ -45,7 +46,8 @@ class SparseAlignHead(nn.Module):
     Raises:
         ValueError: An option is unknown, missing, out of range or without meaning for ``reduce``; in ``forward``,
             shapes that do not fit.
-        TypeError: In ``forward``, inputs that are no float tensors.
+        TypeError: An option is no number, or ``k`` or ``dim`` no integer; in ``forward``, inputs that are no float
+            tensors.
 
     Example:
         >>> head = SparseAlignHead()
@@ -68,24 +70,28 @@ class SparseAlignHead(nn.Module):
         dim: int | None = None,
         include_cls: bool = True,
         cls_weight: float = 0.0,
-        logit_scale: float = 100.0,
+        logit_scale: float | Tensor = 100.0,
     ) -> None:
         super().__init__()
         check_choice("reduce", reduce, (*REDUCTIONS, *POOLS))
         if (k is not None) != (reduce == "topk"):
             raise ValueError(f'expected `k` with reduce="topk" and no other, got k={k} with reduce="{reduce}"')
         if k is not None:
-            check_range("k", k, 1)
+            check_integer("k", k, 1)
         check_positive("temperature", temperature)
         if (dim is not None) != (reduce in POOLS):
             raise ValueError(
                 f'expected `dim` with reduce="linear" or "attention", got dim={dim} with reduce="{reduce}"'
             )
         check_range("cls_weight", cls_weight, 0, 1)
+        if isinstance(logit_scale, Tensor):
+            check_shapes(logit_scale=(logit_scale, ""))
+            logit_scale = float(logit_scale)
+        check_positive("logit_scale", logit_scale)
         self.reduce, self.k, self.temperature, self.dim = reduce, k, temperature, dim
         self.include_cls, self.cls_weight, self.logit_scale = include_cls, cls_weight, logit_scale
         if dim is not None:
-            check_range("dim", dim, 1)
+            check_integer("dim", dim, 1)
             self.pool = _LinearPool(dim) if reduce == "linear" else _AttentionPool(dim)
 
     def forward(self, tokens: Tensor, texts: Tensor) -> Tensor:

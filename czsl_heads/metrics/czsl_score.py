@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from czsl_heads._checks import check_choice, check_range, check_shapes, check_tensor
+from czsl_heads._checks import check_choice, check_integer, check_kind, check_shapes, check_tensor
 from czsl_heads.functional.protocol import CZSLResult, Evidence, Protocol, Scores, gather_evidence, sweep
 from czsl_heads.space import CompositionSpace
 
@@ -32,6 +32,8 @@ class CZSLScore(Metric):
     Raises:
         ValueError: An option or shape does not fit; in ``update``, a true pair is no candidate; in ``compute``, there
             is no sample, or a score was NaN or +inf.
+        TypeError: ``space`` is no :class:`~czsl_heads.CompositionSpace`, ``topk`` no integer, or a tensor of the wrong
+            kind.
 
     Example:
         >>> from czsl_heads import CompositionSpace
@@ -62,8 +64,9 @@ class CZSLScore(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_kind("space", space, CompositionSpace)
         check_choice("protocol", protocol, ("standard", "exact"))
-        check_range("topk", topk, 1, len(space))
+        check_integer("topk", topk, 1, len(space))
         if eval_mask is not None:
             check_tensor("eval_mask", eval_mask, dtypes=(torch.bool,))
             check_shapes(eval_mask=(eval_mask, str(len(space))))
@@ -79,10 +82,12 @@ class CZSLScore(Metric):
                 of these samples once.
             target: Column of the true pair, long ``[batch]``.
         """
-        attr, obj = self.space.pairs.unbind(dim=1)
-        evidence = gather_evidence(scores, target, attr, obj, self.space.seen_mask, self.eval_mask, topk=self.topk)
-        for name, part in evidence._asdict().items():
+        for name, part in self._evidence(scores, target)._asdict().items():
             getattr(self, name).append(part)
+
+    def _evidence(self, scores: Scores, target: Tensor) -> Evidence:
+        attr, obj = self.space.pairs.unbind(dim=1)
+        return gather_evidence(scores, target, attr, obj, self.space.seen_mask, self.eval_mask, topk=self.topk)
 
     def compute(self) -> CZSLResult:
         """The result over all samples so far."""
@@ -91,6 +96,22 @@ class CZSLScore(Metric):
             raise ValueError("expected at least one sample before `compute`, got none")
         evidence = Evidence(*(part if isinstance(part, Tensor) else torch.cat(part) for part in parts))
         return sweep(evidence, self.space.seen_mask, protocol=self.protocol)
+
+    def sync(
+        self,
+        dist_sync_fn: Callable[..., Any] | None = None,
+        process_group: Any | None = None,
+        should_sync: bool = True,
+        distributed_available: Callable[..., Any] | None = None,
+    ) -> None:
+        """Gather the samples of all processes, as in torchmetrics; a process may have none."""
+        running = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if should_sync and running and isinstance(self.target, list) and not self.target:
+            # torchmetrics sends a float vector for an empty list, which the other processes cannot take.
+            scores = torch.empty(0, len(self.space), device=self.device)
+            for name, part in self._evidence(scores, torch.empty(0, dtype=torch.long))._asdict().items():
+                setattr(self, name, [part])
+        super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         wrapped = super()._wrap_compute(compute)

@@ -91,7 +91,7 @@ class SAC(nn.Module):
         check_choice("fusion", fusion, ("probs", "logits"))
         self.encoder = encoder
         self.prompts = SoftPrompts(encoder, space, context=context, dropout=prompt_dropout)
-        self.head = SparseAlignHead(logit_scale=float(encoder.logit_scale)) if head is None else head
+        self.head = SparseAlignHead(logit_scale=encoder.logit_scale) if head is None else head
         self.fusion = fusion
 
     def texts(self, space: CompositionSpace) -> SpaceTexts:

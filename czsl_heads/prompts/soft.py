@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from czsl_heads._checks import check_choice, check_range
-from czsl_heads.encoders.protocol import Encoder
+from czsl_heads._checks import check_choice, check_kind, check_range
+from czsl_heads.encoders.protocol import Encoder, check_encoder
 from czsl_heads.space import CompositionSpace, clean_name
 
 _ROWS = 4096  # prompts encoded at once where nothing is kept for a backward pass
@@ -42,6 +42,7 @@ class SoftPrompts(nn.Module):
     Raises:
         ValueError: An option is unknown or out of range, a prompt is longer than the tower's context, a cleaned name
             has no token, or a space has other primitives.
+        TypeError: ``encoder`` is no Encoder, or a space no :class:`~czsl_heads.CompositionSpace`.
 
     Example:
         >>> from czsl_heads import CompositionSpace, wrap
@@ -65,6 +66,8 @@ class SoftPrompts(nn.Module):
         encode: Literal["auto", "plain"] = "auto",
     ) -> None:
         super().__init__()
+        check_encoder("encoder", encoder)
+        check_kind("space", space, CompositionSpace)
         check_range("dropout", dropout, 0, 1)
         check_choice("encode", encode, ("auto", "plain"))
         self.dropout, self.encode = dropout, encode
@@ -86,6 +89,7 @@ class SoftPrompts(nn.Module):
 
     def forward(self, space: CompositionSpace) -> TextFeatures:
         """Encode the pairs of ``space`` and all its primitives."""
+        check_kind("space", space, CompositionSpace)
         if (space.attributes, space.objects) != (self.attributes, self.objects):
             raise ValueError("expected `space` over the primitives that these prompts were made for, got others")
         table = F.dropout(self.primitives, self.dropout, self.training)

@@ -46,7 +46,7 @@ def build_sac(encoder_name: str, space: CompositionSpace, options: AlignOptions,
             layers=options.lora_layers,
         )
     dim = encoder.dim if reduce in ("linear", "attention") else None
-    head = SparseAlignHead(reduce, dim=dim, logit_scale=encoder.logit_scale.item())
+    head = SparseAlignHead(reduce, dim=dim, logit_scale=encoder.logit_scale)
     return SAC(
         encoder,
         space,

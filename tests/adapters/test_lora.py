@@ -305,21 +305,49 @@ def test_the_text_tower_takes_updates_through_its_mask(small_encoder):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("same", [True, False], ids=["self", "cross"])
-@pytest.mark.parametrize("masked", [True, False])
-def test_the_attention_equals_multihead_attention(generator, bias, batch_first, same, masked):
+@pytest.mark.parametrize("mask_dtype", [None, torch.float32, torch.bool])
+def test_the_attention_equals_multihead_attention(generator, bias, batch_first, same, mask_dtype):
     base = nn.MultiheadAttention(12, 3, bias=bias, batch_first=batch_first).eval()
     adapted = LoRAAttention(base, ["q"], rank=2, scale=1.0, dropout=0.0)
     length, other = 5, 5 if same else 7
     query, key, value = (torch.randn(2, size, 12, generator=generator) for size in (length, other, other))
-    if same:
-        key = value = query
     if not batch_first:
         query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-    mask = torch.full((length, other), float("-inf")).triu(1) if masked else None
+    if same:
+        key = value = query
+    hidden = torch.ones(length, other, dtype=torch.bool).triu(1)
+    mask = {
+        None: None,
+        torch.float32: torch.randn(length, other, generator=generator).masked_fill(hidden, float("-inf")),
+        torch.bool: hidden,
+    }[mask_dtype]
     outputs, weights = adapted(query, key, value, need_weights=False, attn_mask=mask)
     expected, _ = base(query, key, value, need_weights=False, attn_mask=mask)
     assert weights is None
     torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_self_attention_projects_its_input_once(generator, batch_first):
+    adapted = LoRAAttention(nn.MultiheadAttention(12, 3, batch_first=batch_first), ["q"], rank=2, scale=1.0, dropout=0)
+    hidden = torch.randn(2, 5, 12, generator=generator)
+    with torch.no_grad(), Births(adapted.parameters()) as births:
+        adapted(hidden, hidden, hidden)
+    assert any(36 in shape for shape in births.shapes)
+
+
+def test_merged_updates_refuse_to_train(small_encoder, images):
+    modules = add_lora(small_encoder, matrices=("fc",), layers=1) + add_lora(small_encoder, matrices=("o",), layers=[0])
+    small_encoder.model.train()
+    for module in modules:
+        small_encoder.encode_tokens(images)
+        module.merge()
+        with pytest.raises(ValueError, match="expected updates unmerged in training mode, got merged ones"):
+            small_encoder.encode_tokens(images)
+        small_encoder.model.eval()
+        small_encoder.encode_tokens(images)
+        small_encoder.model.train()
+        module.unmerge()
 
 
 def test_the_attention_takes_the_parameters_and_not_copies():
@@ -338,21 +366,14 @@ def test_attention_weights_cannot_be_asked_for(small_encoder, generator):
         small_encoder.blocks("vision")[0].attn(hidden, hidden, hidden, need_weights=True)
 
 
-def test_blocks_that_are_not_batch_first_are_adapted_alike(generator):
-    class TwoTowers(nn.Module):
-        def __init__(self, blocks):
-            super().__init__()
-            self.towers = blocks
-
-        def blocks(self, tower):
-            return self.towers
-
+def test_blocks_that_are_not_batch_first_are_adapted_alike(small_encoder, generator):
     torch.manual_seed(0)
     first = ResidualAttentionBlock(DIM, 3, batch_first=True).eval().requires_grad_(False)
     second = ResidualAttentionBlock(DIM, 3, batch_first=False).eval().requires_grad_(False)
     second.load_state_dict(first.state_dict())
     for block in (first, second):
-        randomise(add_lora(TwoTowers(nn.ModuleList([block])), matrices=MATRICES))
+        small_encoder.blocks("vision")[2] = block
+        randomise(add_lora(small_encoder, matrices=MATRICES, layers=[2]))
     hidden = torch.randn(2, 5, DIM, generator=generator)
     torch.testing.assert_close(second(hidden.transpose(0, 1)).transpose(0, 1), first(hidden), rtol=0, atol=1e-5)
 
@@ -421,6 +442,8 @@ def test_a_linear_layer_without_bias_is_adapted(generator):
         ({"matrices": ()}, "expected `matrices` to name at least one, got none"),
         ({"matrices": ("q", "w")}, "expected `matrices` to be one of q, k, v, o, fc, proj, got 'w'"),
         ({"rank": 0}, "expected `rank` to be at least 1, got 0"),
+        ({"alpha": 0.0}, "expected `alpha` to be positive and finite, got 0.0"),
+        ({"alpha": float("inf")}, "expected `alpha` to be positive and finite, got inf"),
         ({"dropout": 1.5}, r"expected `dropout` to be in \[0, 1\], got 1.5"),
         ({"layers": 0}, r"expected `layers` to be in \[1, 3\], got 0"),
         ({"layers": 4}, r"expected `layers` to be in \[1, 3\], got 4"),
@@ -434,6 +457,27 @@ def test_a_wrong_option_raises_and_leaves_the_model_alone(small_encoder, options
     names = list(small_encoder.state_dict())
     with pytest.raises(ValueError, match=message):
         add_lora(small_encoder, **options)
+    assert list(small_encoder.state_dict()) == names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"matrices": "qkv"}, "expected `matrices` to be a sequence of names, got the string 'qkv'"),
+        ({"rank": 1.5}, "expected `rank` to be an integer, got 1.5"),
+        ({"alpha": "8"}, "expected `alpha` to be a number, got '8'"),
+        ({"layers": 1.0}, "expected `layers` to be an integer, got 1.0"),
+        ({"layers": True}, "expected `layers` to be an integer, got True"),
+        ({"layers": "1"}, "expected `layers` to be an integer, got '1'"),
+        ({"layers": [0, None]}, "expected `layers` to be an integer, got None"),
+        ({"encoder": 5}, "expected `encoder` to be an Encoder, as `wrap` returns, got int without `dim`"),
+        ({"encoder": nn.Linear(2, 3)}, "expected `encoder` to be an Encoder, .*got Linear without `dim`"),
+    ],
+)
+def test_an_option_of_another_kind_raises_and_leaves_the_model_alone(small_encoder, options, message):
+    names = list(small_encoder.state_dict())
+    with pytest.raises(TypeError, match=message):
+        add_lora(**{"encoder": small_encoder, **options})
     assert list(small_encoder.state_dict()) == names
 
 

@@ -287,17 +287,19 @@ def test_no_texts_raise(small_encoder):
         small_encoder.encode_texts([])
 
 
+@pytest.mark.parametrize("method", ["encode_tokens", "encode_images"])
 @pytest.mark.parametrize("shape", [(3, 42, 28), (2, 3, 28, 42), (2, 1, 42, 28), (2, 3, 42, 29)])
-def test_images_of_a_wrong_shape_raise(small_encoder, shape):
+def test_images_of_a_wrong_shape_raise(small_encoder, method, shape):
     with pytest.raises(ValueError, match=r"expected `images` of shape \(batch, 3, 42, 28\).* got \("):
-        small_encoder.encode_tokens(torch.zeros(shape))
+        getattr(small_encoder, method)(torch.zeros(shape))
 
 
-def test_images_that_are_no_float_tensor_raise(small_encoder):
+@pytest.mark.parametrize("method", ["encode_tokens", "encode_images"])
+def test_images_that_are_no_float_tensor_raise(small_encoder, method):
     with pytest.raises(TypeError, match=r"expected `images` of dtype .*, got torch.uint8"):
-        small_encoder.encode_tokens(torch.zeros(2, 3, 42, 28, dtype=torch.uint8))
+        getattr(small_encoder, method)(torch.zeros(2, 3, 42, 28, dtype=torch.uint8))
     with pytest.raises(TypeError, match=r"expected `images` to be a torch.Tensor, got list"):
-        small_encoder.encode_tokens([[0.0]])
+        getattr(small_encoder, method)([[0.0]])
 
 
 def test_embeddings_that_do_not_fit_raise(small_encoder, small_clip_factory):

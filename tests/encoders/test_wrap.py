@@ -80,6 +80,31 @@ def test_an_unknown_name_raises(name):
         wrap(name)
 
 
+def test_an_unknown_tag_raises_with_the_known_ones(small_architecture):
+    with pytest.raises(ValueError, match=r"tag of ViT-B-32 \(one of openai, .*of a checkpoint, got 'ViT-B-32:nope'"):
+        wrap("ViT-B-32:nope")
+    with pytest.raises(ValueError, match=rf"a tag of {ARCHITECTURE} \(one of none\) or the path of a checkpoint, got"):
+        wrap(f"{ARCHITECTURE}:openai")
+
+
+@pytest.mark.skipif(open_clip.__version__ != "3.3.0", reason="the numbers are those of open_clip 3.3.0")
+def test_the_configurations_that_are_taken_are_as_many_as_the_design_says():
+    configs = [open_clip.get_model_config(name) for name in open_clip.list_models()]
+    pooled_by_class_token = [
+        config
+        for config in configs
+        if not any(key in config["vision_cfg"] for key in ("timm_model_name", "attentional_pool"))
+        and not isinstance(config["vision_cfg"]["layers"], list)  # the stages of a ResNet
+        and config["vision_cfg"].get("pool_type", "tok") == "tok"
+    ]
+    other_text = [
+        config
+        for config in pooled_by_class_token
+        if any(key in config["text_cfg"] for key in ("hf_model_name", "embed_cls"))
+    ]
+    assert (len(pooled_by_class_token), len(other_text)) == (48, 9)
+
+
 @pytest.mark.parametrize("value", [3, None, b"tiny", ["tiny"], open_clip.CLIP])
 def test_what_is_no_model_and_no_name_raises(value):
     with pytest.raises(TypeError, match=f"to be a CLIP model or a name, got {type(value).__name__}"):

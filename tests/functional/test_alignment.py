@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from czsl_heads.functional import alignment
 from czsl_heads.functional.alignment import REDUCTIONS
@@ -204,6 +205,26 @@ def test_autocast_changes_nothing(options):
     assert torch.equal(scores, alignment(tokens, texts, cls_weight=0.3, **options))
 
 
+class Alignment(nn.Module):
+    def __init__(self, options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, tokens, texts):
+        return alignment(tokens, texts, **self.options)
+
+
+@each_reduction
+def test_alignment_exports_with_any_batch_tokens_and_texts(options):
+    names = {"tokens": ("batch", "tokens"), "texts": ("texts",)}
+    sizes = {name: dict.fromkeys(range(len(axes)), torch.export.Dim.DYNAMIC) for name, axes in names.items()}
+    module = Alignment({**options, "cls_weight": 0.3})
+    program = torch.export.export(module, draw(dtype=torch.float32), dynamic_shapes=sizes)
+    for shape in ((2, 7, 3), (5, 13, 11)):
+        tokens, texts = draw(*shape, dtype=torch.float32, seed=1)
+        torch.testing.assert_close(program.module()(tokens, texts), module(tokens, texts))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -222,8 +243,13 @@ def test_autocast_changes_nothing(options):
         ({"reduce": "logsumexp", "temperature": 0.0}, ValueError, r"`temperature` to be positive and finite, got 0.0"),
         ({"reduce": "logsumexp", "temperature": float("inf")}, ValueError, r"`temperature` .*finite, got inf"),
         ({"tokens": torch.zeros(2, 1, 5), "include_cls": False}, ValueError, r"`tokens` with patches .*got 1 token"),
-        ({"tokens": torch.zeros(2, 0, 5)}, ValueError, r"expected `tokens` with .*got 0 token"),
-        ({"tokens": torch.zeros(2, 0, 5), "reduce": "cls"}, ValueError, r"expected .*got"),
+        ({"tokens": torch.zeros(2, 0, 5)}, ValueError, r"expected `tokens` with at least one token, got 0"),
+        ({"tokens": torch.zeros(2, 0, 5), "reduce": "cls"}, ValueError, r"`tokens` with at least one token, got 0"),
+        ({"tokens": torch.zeros(2, 0, 5), "include_cls": False}, ValueError, r"with at least one token, got 0"),
+        ({"reduce": "topk", "k": 1.5}, TypeError, r"expected `k` to be an integer, got 1.5"),
+        ({"reduce": "logsumexp", "temperature": "a"}, TypeError, r"expected `temperature` to be a number, got 'a'"),
+        ({"cls_weight": None}, TypeError, r"expected `cls_weight` to be a number, got None"),
+        ({"cls_weight": float("nan")}, ValueError, r"expected `cls_weight` to be in \[0, 1\], got nan"),
     ],
 )
 def test_wrong_arguments_are_told(change, error, message):

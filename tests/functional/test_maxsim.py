@@ -239,6 +239,8 @@ def test_meta_tensors_give_shapes(k):
         ),
         ({"tokens": torch.zeros(2, 0, 5)}, ValueError, r"expected `k` to be in \[1, 0\], got 1"),
         ({"k": 0}, ValueError, r"expected `k` to be in \[1, 7\], got 0"),
+        ({"k": 2.0}, TypeError, r"expected `k` to be an integer, got 2.0"),
+        ({"k": True}, TypeError, r"expected `k` to be an integer, got True"),
         ({"k": 8}, ValueError, r"expected `k` to be in \[1, 7\], got 8"),
         ({"select": "bf17"}, ValueError, r"expected `select` to be one of exact, got 'bf17'"),
         ({"backend": "flash"}, ValueError, r"expected `backend` to be one of auto, dense, got 'flash'"),

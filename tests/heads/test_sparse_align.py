@@ -295,10 +295,29 @@ def test_inputs_are_left_alone(options):
         ({"reduce": "attention", "dim": 0}, r"expected `dim` to be at least 1, got 0"),
         ({"cls_weight": 1.5}, r"expected `cls_weight` to be in \[0, 1\], got 1.5"),
         ({"cls_weight": -0.5}, r"expected `cls_weight` to be in \[0, 1\], got -0.5"),
+        ({"logit_scale": 0.0}, r"expected `logit_scale` to be positive and finite, got 0.0"),
+        ({"logit_scale": -1.0}, r"expected `logit_scale` to be positive and finite, got -1.0"),
+        ({"logit_scale": float("inf")}, r"expected `logit_scale` to be positive and finite, got inf"),
+        ({"logit_scale": float("nan")}, r"expected `logit_scale` to be positive and finite, got nan"),
     ],
 )
 def test_wrong_options_are_told(options, message):
     with pytest.raises(ValueError, match=message):
+        SparseAlignHead(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduce": "topk", "k": 1.5}, "expected `k` to be an integer, got 1.5"),
+        ({"reduce": "linear", "dim": "5"}, "expected `dim` to be an integer, got '5'"),
+        ({"temperature": "a"}, "expected `temperature` to be a number, got 'a'"),
+        ({"cls_weight": [0.5]}, r"expected `cls_weight` to be a number, got \[0.5\]"),
+        ({"logit_scale": None}, "expected `logit_scale` to be a number, got None"),
+    ],
+)
+def test_options_of_another_kind_are_told(options, message):
+    with pytest.raises(TypeError, match=message):
         SparseAlignHead(**options)
 
 
@@ -340,3 +359,12 @@ def test_repr_tells_the_options(options):
         assert (f"{name}={options.get(name)}" in shown) == (name in options)
     assert "cls_weight=0.25" in shown
     assert "logit_scale=100.0" in shown
+
+
+def test_a_scalar_tensor_is_read_as_the_scale():
+    scale = torch.tensor(7.0)
+    head = SparseAlignHead(logit_scale=scale)
+    scale.fill_(1.0)
+    assert head.logit_scale == 7.0
+    with pytest.raises(ValueError, match=r"expected `logit_scale` of shape \(\), got \(3,\)"):
+        SparseAlignHead(logit_scale=torch.ones(3))

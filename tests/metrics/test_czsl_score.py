@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics import MetricCollection
@@ -191,6 +192,27 @@ def test_processes_gathered_by_torchmetrics_equal_one():
     assert [len(part) for part in metric.target] in ([11, 9], [20])
 
 
+def compute_on_one_of_two(rank, folder, rows_of_ranks):
+    """Run in a process of its own: what both gather must be the numbers of one process with all samples."""
+    for case, rows in enumerate(rows_of_ranks):
+        store = f"file://{folder}/{case}"
+        torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+        scores, target = draw()
+        for topk in (1, 2):
+            metric = CZSLScore(SPACE, eval_mask=EVAL_MASK, topk=topk)
+            for first, last in rows[rank]:
+                metric.update(scores[first:last], target[first:last])
+            assert metric.compute().as_dict() == expected(scores, target, topk=topk), (case, topk)
+            assert sum(map(len, metric.target)) == sum(last - first for first, last in rows[rank])
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_gather_uneven_samples_and_none(tmp_path):
+    uneven = ([(0, 5), (5, 11)], [(11, SAMPLES)])
+    empty = ([], [(0, 20), (20, SAMPLES)])
+    torch.multiprocessing.spawn(compute_on_one_of_two, (str(tmp_path), (uneven, empty)), nprocs=2)
+
+
 def test_compute_before_update_raises_and_does_not_warn(metric):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -218,12 +240,29 @@ def test_only_empty_batches_are_no_sample(metric):
         ({"topk": 25}, ValueError, r"expected `topk` to be in \[1, 24\], got 25"),
         ({"eval_mask": torch.ones(7).bool()}, ValueError, r"expected `eval_mask` of shape \(24\), got \(7,\)"),
         ({"eval_mask": torch.ones(24)}, TypeError, r"expected `eval_mask` of dtype torch.bool, got torch.float32"),
+        ({"topk": 1.5}, TypeError, r"expected `topk` to be an integer, got 1.5"),
         ({"eval_mask": [True] * 24}, TypeError, r"expected `eval_mask` to be a torch.Tensor, got list"),
     ],
 )
 def test_wrong_options_are_told(options, error, message):
     with pytest.raises(error, match=message):
         CZSLScore(SPACE, **options)
+
+
+@pytest.mark.parametrize("space", [5, None, SPACE.pairs])
+def test_what_is_no_space_is_told(space):
+    with pytest.raises(TypeError, match="expected `space` to be a CompositionSpace, got "):
+        CZSLScore(space)
+
+
+def test_scores_of_another_kind_are_told(metric):
+    scores, target = draw()
+    with pytest.raises(TypeError, match="expected `scores` to be a tensor or an iterable of blocks, got int"):
+        metric.update(3, target)
+    with pytest.raises(TypeError, match=r"expected `scores` to hold \(first_column, block\) pairs, got Tensor"):
+        metric.update([scores], target)
+    with pytest.raises(TypeError, match=r"expected `target_pair` to be a torch.Tensor, got int"):
+        metric.update(scores, 3)
 
 
 def test_a_refused_update_leaves_the_metric_as_it_was(metric):

@@ -335,6 +335,15 @@ def test_a_dropout_out_of_range_raises(small_encoder, space, dropout):
         SoftPrompts(small_encoder, space, dropout=dropout)
 
 
+def test_arguments_of_another_kind_are_told(small_encoder, space):
+    with pytest.raises(TypeError, match="expected `encoder` to be an Encoder, as `wrap` returns, got CLIP without `"):
+        SoftPrompts(small_encoder.model, space)
+    with pytest.raises(TypeError, match="expected `space` to be a CompositionSpace, got list"):
+        SoftPrompts(small_encoder, ATTRIBUTES)
+    with pytest.raises(TypeError, match="expected `space` to be a CompositionSpace, got Tensor"):
+        SoftPrompts(small_encoder, space)(space.pairs)
+
+
 def test_an_unknown_way_of_encoding_raises(small_encoder, space):
     with pytest.raises(ValueError, match="expected `encode` to be one of auto, plain, got 'fast'"):
         SoftPrompts(small_encoder, space, encode="fast")
