@@ -83,7 +83,10 @@ def reference_czsl_scores(scores, target, pair_attr, pair_obj, seen_mask, eval_m
     curve = [(point(bias)["seen"], point(bias)["unseen"]) for bias in biases]
     area = sum((x1 - x0) * (y0 + y1) / 2 for (y0, x0), (y1, x1) in pairwise(curve))
     means = [0.0 if 0.0 in values else 2 / (1 / values[0] + 1 / values[1]) for values in curve]
-    best = means.index(max(means))
+    # The official accuracies are float32, and among equal means their rounding picks the point.
+    ranked = [[float(np.float32(value)) for value in values] for values in curve]
+    ranked = [0.0 if 0.0 in values else 2 / (1 / values[0] + 1 / values[1]) for values in ranked]
+    best = ranked.index(max(ranked))
     unbiased, biased = point(0.0), point(1e3)
     return {
         "seen": max(seen for seen, _ in curve),

@@ -330,14 +330,14 @@ def sweep(evidence: Evidence, seen_mask: Tensor, *, protocol: Protocol = "standa
     ]
     curve = _standard_curve if protocol == "standard" else _exact_curve
     seen, unseen, biases = curve(evidence, seen_sample)
-    total = seen + unseen
-    mean = np.divide(2 * seen * unseen, total, out=np.where(np.isnan(total), np.nan, 0.0), where=total > 0)
-    best = int(mean.argmax())
+    # The official code ranks float32 accuracies: where two points tie, their rounding decides between them.
+    ranked = (seen, unseen) if protocol == "exact" else (_rounded(seen), _rounded(unseen))
+    best = int(_harmonic_mean(*ranked).argmax())
     return CZSLResult(
         seen=float(seen.max()),
         unseen=float(unseen.max()),
-        harmonic_mean=float(mean[best]),
-        auc=float(np.trapezoid(seen, unseen)) if not np.isnan(total).any() else float("nan"),
+        harmonic_mean=float(_harmonic_mean(seen, unseen)[best]),
+        auc=float(np.trapezoid(seen, unseen)) if not np.isnan(seen + unseen).any() else float("nan"),
         hm_seen=float(seen[best]),
         hm_unseen=float(unseen[best]),
         bias=float(biases[best]),
@@ -347,6 +347,16 @@ def sweep(evidence: Evidence, seen_mask: Tensor, *, protocol: Protocol = "standa
         biased=points[1],
         curve=torch.from_numpy(np.stack([seen, unseen], axis=1)),
     )
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32).astype(np.float64)
+
+
+def _harmonic_mean(seen: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore"):
+        mean: np.ndarray = 2 / (1 / seen + 1 / unseen)  # 0 where one of them is
+    return mean
 
 
 def _right_at(evidence: Evidence, seen_sample: Tensor, bias: Tensor) -> Tensor:
