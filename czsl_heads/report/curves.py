@@ -25,7 +25,8 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
                 alpha = 0.9 if len(row["runs"]) == 1 else 0.55
                 axis.plot(*curves["exact"], color=f"C{color}", alpha=alpha, label=None if number else label)
                 axis.plot(*curves["standard"], ".", color=f"C{color}", markersize=4, alpha=0.6)
-        axis.set(title=f"{world} world", xlabel="accuracy on unseen pairs (%)", xlim=(0, None))
+        axis.set(title=f"{world} world", xlabel="accuracy on unseen pairs (%)")
+        axis.set_xlim(0, max(1.0, axis.get_xlim()[1]))
         axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
         axis.grid(alpha=0.3)
         axis.legend(loc="lower left", frameon=False)
