@@ -10,6 +10,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from czsl_heads import functional as functional
+from czsl_heads.heads.condenser import VACondenser as VACondenser
+from czsl_heads.heads.memory_bank import DynamicMemoryBank as DynamicMemoryBank
 from czsl_heads.heads.sparse_align import SparseAlignHead as SparseAlignHead
 from czsl_heads.space import CompositionSpace as CompositionSpace
 
@@ -33,8 +35,10 @@ __version__ = version("czsl-heads")
 __all__ = [
     "SAC",
     "CompositionSpace",
+    "DynamicMemoryBank",
     "SoftPrompts",
     "SparseAlignHead",
+    "VACondenser",
     "add_lora",
     "data",
     "functional",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+# A list of numbers and nothing else, which indentation would give a line each: the points of a curve.
+_PLAIN_LIST = re.compile(r"\[[\s\d.,eE+-]+\]")
 
 
 @contextmanager
@@ -30,5 +34,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> Any:
     """Write ``content`` and return it as a reader will find it (tuples have become lists)."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    text = _PLAIN_LIST.sub(lambda found: " ".join(found[0].split()), text)
     write_text(path, text + "\n")
     return json.loads(text)

@@ -125,3 +125,119 @@ def reference_exact_curve(scores, target, seen_mask, eval_mask=None, *, topk=1):
         if not points or points[-1] != values:
             points.append(values)
     return points
+
+
+def reference_distillation(student_logits, teacher_logits, *, direction="reverse"):
+    """Term by term; a pair of probability 0 on the left adds nothing."""
+    total = 0.0
+    for student, teacher in zip(student_logits.double().tolist(), teacher_logits.double().tolist()):
+        left, right = (student, teacher) if direction == "reverse" else (teacher, student)
+        p_sum, q_sum = math.fsum(map(math.exp, left)), math.fsum(map(math.exp, right))
+        for p_logit, q_logit in zip(left, right):
+            p, q = math.exp(p_logit) / p_sum, math.exp(q_logit) / q_sum
+            if p > 0:
+                total += p * math.log(p / q) if q > 0 else math.inf
+    return total / len(student_logits)
+
+
+@torch.no_grad()
+def reference_condenser(condenser, tokens):
+    """Image by image and head by head, every token projected; the unit rows, and the last block's mean weights."""
+    size = condenser.dim // condenser.num_heads
+    vectors, attention = [], []
+    for image in tokens:
+        norm = condenser.token_norm
+        mean, variance = image.mean(-1, keepdim=True), image.var(-1, unbiased=False, keepdim=True)
+        image = (image - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+        query = condenser.query
+        for block in condenser.blocks:
+            read, weights = [], []
+            for head in range(condenser.num_heads):
+                rows = slice(head * size, (head + 1) * size)
+                asked = block.query_proj.weight[rows] @ query
+                keys = [block.key_proj.weight[rows] @ token for token in image]
+                values = [block.value_proj.weight[rows] @ token for token in image]
+                scores = [float(asked @ key) / math.sqrt(size) for key in keys]
+                exps = [math.exp(score - max(scores)) for score in scores]
+                weights.append([value / sum(exps) for value in exps])
+                read.append(sum(weight * value for weight, value in zip(weights[-1], values)))
+            query = query + block.out_proj.weight @ torch.cat(read) + block.out_proj.bias
+            normed = (query - query.mean()) / (query.var(unbiased=False) + block.mlp_norm.eps).sqrt()
+            hidden = block.mlp_in(normed * block.mlp_norm.weight + block.mlp_norm.bias)
+            query = query + block.mlp_out(hidden / (1 + (-1.702 * hidden).exp()))
+        vectors.append(query / query.square().sum().sqrt())
+        attention.append(torch.tensor(weights, dtype=query.dtype).mean(0))
+    return torch.stack(vectors), torch.stack(attention)
+
+
+def reference_relative_modality_gap(images, texts, *, labels=None, include_self=False):
+    """All pairs, one by one."""
+    images, texts = images.double(), texts.double()
+
+    def distance(one, other):
+        return (1 - float(one @ other / (one.norm() * other.norm()))) / 2
+
+    def mean_within(vectors):
+        size = range(len(vectors))
+        pairs = [(i, j) for i in size for j in size if include_self or i != j]
+        return sum(distance(vectors[i], vectors[j]) for i, j in pairs) / len(pairs)
+
+    labels = range(len(images)) if labels is None else labels.tolist()
+    matched = sum(distance(image, texts[label]) for image, label in zip(images, labels)) / len(images)
+    return matched / (matched + (mean_within(images) + mean_within(texts)) / 2)
+
+
+def reference_bank_insert(row, entry):
+    """One insertion into a row of slots, ``None`` if free; an entry is ``(is_text, entropy, arrival, vector)``."""
+    if None in row:
+        row[row.index(None)] = entry
+        return
+    worst = max(range(len(row)), key=lambda slot: row[slot][:3])
+    if entry[:2] < row[worst][:2]:  # strictly: among equals the earlier stays
+        row[worst] = entry
+
+
+def reference_merge_best(pair_index, entropy, *, num_pairs, slots):
+    """Entries inserted one at a time; those that stay, by pair, entropy and arrival."""
+    rows = [[None] * slots for _ in range(num_pairs)]
+    for arrival, (pair, value) in enumerate(zip(pair_index.tolist(), entropy.tolist())):
+        if pair < num_pairs:
+            reference_bank_insert(rows[pair], (False, value, arrival, None))
+    return [entry[2] for row in rows for entry in sorted(entry for entry in row if entry is not None)]
+
+
+def reference_prediction_entropy(probs):
+    rows = probs.double().tolist()
+    return torch.tensor([-math.fsum(p * math.log(p) for p in row if p > 0) for row in rows], dtype=torch.float64)
+
+
+def reference_retrieve_prototypes(features, rows, *, temperature, empty, normalize):
+    """Prototypes ``[batch, pairs, dim]`` from dense rows: of each pair a list of vectors, ``None`` for a free slot."""
+    features = features.double()
+    prototypes = torch.zeros(len(features), len(rows), features.shape[1], dtype=torch.float64)
+    for b, feature in enumerate(features):
+        for i, row in enumerate(rows):
+            slots = [torch.zeros_like(feature) if vector is None and empty == "zero" else vector for vector in row]
+            slots = [vector.double() for vector in slots if vector is not None]
+            exponents = [float(feature / feature.norm() @ vector) / temperature for vector in slots]
+            total = sum(math.exp(exponent - max(exponents)) for exponent in exponents)
+            for vector, exponent in zip(slots, exponents):
+                prototypes[b, i] += math.exp(exponent - max(exponents)) / total * vector
+            if normalize and prototypes[b, i].any():
+                prototypes[b, i] /= prototypes[b, i].norm()
+    return prototypes
+
+
+def reference_retrieve(features, rows, *, temperature, empty, normalize):
+    """Scores ``[batch, pairs]``: the product of each feature with its prototype, -inf for rows masked as empty."""
+    prototypes = reference_retrieve_prototypes(
+        features, rows, temperature=temperature, empty=empty, normalize=normalize
+    )
+    features = features.double()
+    scores = torch.empty(len(features), len(rows), dtype=torch.float64)
+    some = any(vector is not None for row in rows for vector in row)
+    for b, feature in enumerate(features):
+        for i, row in enumerate(rows):
+            masked = empty == "mask" and some and all(vector is None for vector in row)
+            scores[b, i] = -math.inf if masked else float(feature / feature.norm() @ prototypes[b, i])
+    return scores

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from czsl_heads.report.table import ablation_markdown, percent
-from czsl_heads.training.options import AlignOptions
+from czsl_heads.training.options import SACOptions
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,7 +55,7 @@ def test_the_readme_quotes_the_committed_results() -> None:
 
 def test_every_option_of_training_is_on_its_page() -> None:
     page = (ROOT / "docs" / "ablation.md").read_text()
-    for field in dataclasses.fields(AlignOptions):
+    for field in dataclasses.fields(SACOptions):
         assert f"`{field.name}`" in page, field.name
 
 

@@ -219,7 +219,9 @@ class LoRALinear(_Mergeable):
 class LoRAAttention(_Mergeable):
     """``nn.MultiheadAttention`` with low-rank updates beside q, k, v or the output projection.
 
-    Takes over the parameters of the base module under their own names, and its call as open_clip makes it.
+    Takes over the parameters of the base module under their own names, and its call as open_clip makes it. With
+    ``need_weights`` it also returns how much each position reads of each other one: ``[batch, length, length]``, the
+    mean over heads, or ``[batch, heads, length, length]`` without ``average_attn_weights``; before dropout.
     """
 
     def __init__(
@@ -251,9 +253,8 @@ class LoRAAttention(_Mergeable):
         value: Tensor,
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
-    ) -> tuple[Tensor, None]:
-        if need_weights:
-            raise ValueError("expected `need_weights=False`, got True: the fused attention has no weights to return")
+        average_attn_weights: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         same = key is query and value is query  # which the views below would hide
         if not self.batch_first:
             query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
@@ -272,7 +273,18 @@ class LoRAAttention(_Mergeable):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
         mixed = mixed.transpose(1, 2).flatten(2)
         out = self._add("o", mixed, self.out_proj(mixed))
-        return (out if self.batch_first else out.transpose(0, 1)), None
+        weights = _attention_weights(q, k, attn_mask) if need_weights else None
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        return (out if self.batch_first else out.transpose(0, 1)), weights
 
     def _bias_chunks(self) -> tuple[Tensor | None, ...]:
         return (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+
+
+def _attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """What the fused attention weighs its values by, before dropout: ``[batch, heads, length, length]``."""
+    logits = query @ key.mT / math.sqrt(query.shape[-1])
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(dim=-1)

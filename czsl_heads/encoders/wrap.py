@@ -20,7 +20,8 @@ def wrap(
     """Put any supported CLIP behind the :class:`~czsl_heads.encoders.protocol.Encoder` protocol.
 
     Args:
-        model_or_name: An open_clip model; ``"tiny"`` (the embedded one); or open_clip's ``"ARCHITECTURE"`` (random
+        model_or_name: An open_clip model; ``"tiny"`` (the embedded one) or ``"tiny:DIR"`` (of a pretraining run of
+            :mod:`czsl_heads.training.pretrain_tiny`); or open_clip's ``"ARCHITECTURE"`` (random
             weights) or ``"ARCHITECTURE:TAG"``, such as ``"ViT-L-14:openai"`` (TAG may be the path of a checkpoint).
         frozen: Switch off the gradients of all parameters; ``False`` leaves their flags as they are.
         tokenizer: Strings to token ids, for a model object whose vocabulary is not OpenAI's.
@@ -53,8 +54,8 @@ def wrap(
 
 
 def _from_name(name: str) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
-    if name == "tiny":
-        return load_tiny()
+    if name == "tiny" or name.startswith("tiny:"):
+        return load_tiny(name.partition(":")[2] or None)
     import open_clip
 
     architecture, _, tag = name.partition(":")

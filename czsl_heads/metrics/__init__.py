@@ -1,5 +1,6 @@
 """torchmetrics classes over :mod:`czsl_heads.functional`."""
 
 from czsl_heads.metrics.czsl_score import CZSLScore as CZSLScore
+from czsl_heads.metrics.modality_gap import RelativeModalityGap as RelativeModalityGap
 
-__all__ = ["CZSLScore"]
+__all__ = ["CZSLScore", "RelativeModalityGap"]

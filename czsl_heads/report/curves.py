@@ -1,4 +1,4 @@
-"""Seen-unseen curves as a picture."""
+"""Seen-unseen curves, and studies, as pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, world in zip(axes, ("closed", "open")):
-        for color, row in enumerate(results["rows"]):
+        for color, row in enumerate(_drawn(results)):
             auc = percent(row["summary"][world]["exact"]["auc"])
             label = f"{row['number']}  {row['name']}: AUC {auc}"
             for number, run in enumerate(row["runs"]):
@@ -36,7 +36,49 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
         figure.savefig(temporary, dpi=130)
 
 
+def _drawn(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Without the rows that were trained longer, whose curves would hide the others."""
+    return [row for row in results["rows"] if not row["number"].endswith("+")]
+
+
 def _points(curve: list[list[float | None]]) -> tuple[list[float], list[float]]:
     """Per cent: unseen accuracies (x) and seen ones (y); what does not exist is not drawn."""
     seen, unseen = ([math.nan if value is None else 100 * value for value in column] for column in zip(*curve))
     return unseen, seen
+
+
+def plot_study(study: dict[str, Any], path: Path) -> None:
+    """Draw AUC (closed and open world) and modality gap against what the study varies, a line a series."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    axes = figure.subplots(1, 3)
+    series = list(dict.fromkeys(point["series"] for point in study["points"]))
+    for color, name in enumerate(series):
+        points = [point for point in study["points"] if point["series"] == name]
+        values = [point["value"] for point in points]
+        for axis, world in zip(axes, ("closed", "open")):
+            _line(
+                axis, values, [point["summary"][world]["standard"]["auc"] for point in points], 100, f"C{color}", name
+            )
+        for style, readout in zip(("-", "--", ":"), ("cls", "pred", "vac")):
+            if readout in points[0]["gap"] and not color:  # series of one model share their gaps
+                spreads = [point["gap"][readout] for point in points]
+                _line(axes[2], values, spreads, 1, "k", readout, style)
+    for axis, title in zip(axes, ("AUC, closed world (%)", "AUC, open world (%)", "relative modality gap")):
+        axis.set(title=title, xlabel=study["axis"])
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+        if isinstance(study["points"][0]["value"], str):
+            axis.tick_params(axis="x", rotation=45)
+    figure.suptitle(study["title"])
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+
+
+def _line(
+    axis: Any, values: list[Any], spreads: list[Any], factor: float, color: str, label: str, style: str = "-"
+) -> None:
+    means = [math.nan if spread["mean"] is None else factor * spread["mean"] for spread in spreads]
+    errors = [0.0 if spread["std"] is None else factor * spread["std"] for spread in spreads]
+    axis.errorbar(values, means, errors, color=color, label=label, linestyle=style, marker="o", markersize=3, capsize=2)

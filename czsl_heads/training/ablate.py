@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,37 +14,51 @@ import torch
 
 from czsl_heads._files import write_json
 from czsl_heads.data.layout import CompositionDataset
-from czsl_heads.heads.sparse_align import Reduce
-from czsl_heads.training.align import PROTOCOLS, WORLDS
 from czsl_heads.training.config import AblationConfig
+from czsl_heads.training.evaluate import PROTOCOLS, WORLDS
 from czsl_heads.training.folder import open_folder
-from czsl_heads.training.run import is_main_process, train_align
+from czsl_heads.training.plans import CLS, MAX, VAC, VAC_KL, RunPlan, carry_out
+from czsl_heads.training.run import is_main_process
+from czsl_heads.training.studies import run_study
+from czsl_heads.training.summary import paired_difference, spread, summary_of
 
 RESULTS = "results.json"
-SUMMARY = ("seen", "unseen", "harmonic_mean", "auc", "attr_accuracy", "obj_accuracy")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: its number there, its name, and the reduction of its alignment head."""
+    """A row of the table: its number there, its name, the model it scores by, and how."""
 
-    number: int
+    number: str
     name: str
-    reduce: Reduce
+    plan: RunPlan
+    readout: str
+    budget: str = "best"
+    transductive: bool = False
 
-    @property
-    def folder(self) -> str:
-        return f"row{self.number}-{self.reduce}"
 
-
-ROWS = (Row(1, "[CLS] baseline", "cls"), Row(2, "+ Sparse Alignment", "max"))
+ROWS = (
+    Row("1", "[CLS] baseline", CLS, "aligned"),
+    Row("1+", "[CLS] baseline, trained longer", CLS, "aligned", "longer"),
+    Row("2", "+ Sparse Alignment", MAX, "aligned"),
+    Row("2+", "+ Sparse Alignment, trained longer", MAX, "aligned", "longer"),
+    Row("3", "2 + condenser (VAC), by labels", VAC, "fused"),
+    Row("4", "2 + condenser, by labels and alignment", VAC_KL, "fused"),
+    Row("5", "4 + memory bank, frozen", VAC_KL, "bank"),
+    Row("6", "5 + unseen texts and test images *", VAC_KL, "adapted", transductive=True),
+)
+# Which rows are compared, of the same seed: each step, and the whole against the baselines of its budget.
+COMPARISONS = (
+    *(("2", "1"), ("2+", "1+"), ("3", "2"), ("3", "2+"), ("4", "3"), ("4", "2+")),
+    *(("5", "4"), ("6", "5"), ("5", "1+"), ("6", "1+")),
+)
 
 
 def run_ablation(out: Path, config: AblationConfig) -> dict[str, Any]:
-    """Train and test all rows over all seeds and write ``results.json``.
+    """Train and test all rows over all seeds, then the studies, and write ``results.json``.
 
     Finished runs in ``out`` are kept, an interrupted one is resumed: calling again with the same settings completes
-    the folder, and with more seeds extends it.
+    the folder, and with more seeds or studies extends it.
 
     Returns:
         The content of ``results.json``.
@@ -56,31 +68,31 @@ def run_ablation(out: Path, config: AblationConfig) -> dict[str, Any]:
         KeyboardInterrupt: Interrupted; calling again resumes.
     """
     dataset = open_folder(out, config)
-    records: dict[int, list[dict[str, Any]]] = {row.number: [] for row in ROWS}
+    records: dict[str, list[dict[str, Any]]] = {row.number: [] for row in ROWS}
     for seed in config.seeds:
         for row in ROWS:
-            if is_main_process():
-                print(f"row {row.number} ({row.name}), seed {seed}", file=sys.stderr, flush=True)
-            records[row.number].append(
-                train_align(
-                    out / f"seed{seed}" / row.folder,
-                    dataset,
-                    config.options,
-                    encoder=config.encoder,
-                    reduce=row.reduce,
-                    seed=seed,
-                    trainer=config.trainer,
-                )
-            )
-    results = {
+            _say(f"seed {seed}, row {row.number}: {row.name}")
+            records[row.number].append(carry_out(row.plan, out, dataset, config, seed))
+    rows = [_row_results(row, records[row.number]) for row in ROWS]
+    results: dict[str, Any] = {
         "config": asdict(config),
         "environment": environment(),
         "data": _describe(dataset),
-        "rows": [_row_results(row, records[row.number]) for row in ROWS],
+        "rows": rows,
+        "comparisons": _comparisons(rows),
+        "studies": {},
     }
+    for name in config.studies:
+        _say(f"study {name}")
+        results["studies"][name] = run_study(name, out, dataset, config)
     if is_main_process():
         results = write_json(out / RESULTS, results)
     return results
+
+
+def _say(words: str) -> None:
+    if is_main_process():
+        print(words, file=sys.stderr, flush=True)
 
 
 def _describe(dataset: CompositionDataset) -> dict[str, Any]:
@@ -107,29 +119,48 @@ def environment() -> dict[str, Any]:
 
 
 def _row_results(row: Row, records: list[dict[str, Any]]) -> dict[str, Any]:
+    runs = []
+    for record in records:
+        budget = record["budgets"][row.budget]
+        runs.append(
+            {
+                "seed": record["seed"],
+                "best_epoch": budget["best_epoch"],
+                "validation_auc": budget["validation_auc"],
+                "test": budget["test"][row.readout],
+                "gap": budget["gap"],
+            }
+        )
+    gaps = [run["gap"]["relative_modality_gap"] for run in runs]
     return {
         "number": row.number,
         "name": row.name,
-        "reduce": row.reduce,
+        "transductive": row.transductive,
+        "folder": row.plan.folder,
         "trainable_parameters": records[0]["trainable_parameters"],
-        "summary": dict(_summaries(records)),
-        "runs": records,
+        "summary": summary_of([run["test"] for run in runs]),
+        "gap": {name: spread([gap[name] for gap in gaps]) for name in gaps[0]},
+        "runs": runs,
     }
 
 
-def _summaries(records: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Mean and sample standard deviation of each number, by world and protocol."""
-    for world in WORLDS:
-        by_protocol = {}
-        for protocol in PROTOCOLS:
-            results = [record["test"][world][protocol] for record in records]
-            by_protocol[protocol] = {name: _spread([result[name] for result in results]) for name in SUMMARY}
-        yield world, by_protocol
+def _comparisons(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    by_number = {row["number"]: row["runs"] for row in rows}
 
+    def values(number: str, world: str, protocol: str) -> list[float | None]:
+        return [run["test"][world][protocol]["auc"] for run in by_number[number]]
 
-def _spread(values: list[float | None]) -> dict[str, float | None]:
-    """The deviation is None for one seed; both are None where a number does not exist (no unseen test images, say)."""
-    numbers = [value for value in values if value is not None]
-    if len(numbers) < len(values):
-        return {"mean": None, "std": None}
-    return {"mean": statistics.fmean(numbers), "std": statistics.stdev(numbers) if len(numbers) > 1 else None}
+    return [
+        {
+            "row": row,
+            "against": other,
+            "auc": {
+                world: {
+                    protocol: paired_difference(values(row, world, protocol), values(other, world, protocol))
+                    for protocol in PROTOCOLS
+                }
+                for world in WORLDS
+            },
+        }
+        for row, other in COMPARISONS
+    ]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from czsl_heads._checks import check_range
+from czsl_heads._checks import check_choice, check_range
 from czsl_heads.data.shapes import ShapesSpec
-from czsl_heads.training.options import AlignOptions, load_options
+from czsl_heads.training.options import SACOptions, load_options
 
 QUICK_SHAPES = ShapesSpec(train_per_pair=8, val_per_pair=4, test_per_pair=8)
 QUICK_EPOCHS = 3
+STUDIES = ("reductions", "pilot", "blend")
+SWEEPS = ("alpha", "beta", "gamma", "depth", "slots")
 # Flags of the trainer that an option decides, or that would leave no checkpoint or no log.
 _RESERVED = (
     *("max_epochs", "max_steps", "max_time", "logger", "callbacks", "fast_dev_run", "enable_checkpointing"),
@@ -26,10 +28,11 @@ class AblationConfig:
     data: str
     encoder: str
     preset: str
-    options: AlignOptions
+    options: SACOptions
     seeds: list[int]
     shapes: ShapesSpec | None
     trainer: dict[str, Any]
+    studies: list[str] = field(default_factory=list)
 
 
 def configure(
@@ -40,6 +43,10 @@ def configure(
     first_seed: int = 0,
     imbalance: float | None = None,
     quick: bool = False,
+    reductions: bool = False,
+    pilot: bool = False,
+    blend: bool = False,
+    sweep: str | None = None,
     options: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
 ) -> AblationConfig:
@@ -54,6 +61,10 @@ def configure(
         first_seed: The first of them.
         imbalance: Information imbalance of the shapes world, in [0, 1].
         quick: Fewer images and epochs: a check that everything runs, in under three minutes on two cores.
+        reductions: Also train an alignment branch by every reduction over tokens (Table 5).
+        pilot: Also train [CLS] with part of the patches hidden: AUC and modality gap by drop rate (Fig. 2).
+        blend: Also train the alignment branch with [CLS] blended in (Fig. 4, left).
+        sweep: Also vary one of alpha, beta, gamma, depth, slots, or several with commas between them.
         options: Training options that replace the preset's, such as --options.epochs 5; docs/ablation.md lists them.
         trainer: Flags of Lightning's Trainer, such as --trainer.precision bf16-mixed or --trainer.devices 2.
 
@@ -76,6 +87,10 @@ def configure(
         shapes = shapes if imbalance is None else replace(shapes, imbalance=imbalance)
     elif imbalance is not None:
         raise ValueError(f'expected `imbalance` with data="shapes" only, got data={data!r}')
+    chosen_studies = [name for name, asked in zip(STUDIES, (reductions, pilot, blend)) if asked]
+    for name in sweep.split(",") if sweep else ():
+        check_choice("sweep", name, SWEEPS)
+        chosen_studies.append(name)
     return AblationConfig(
         data=data if data == "shapes" else str(Path(data).resolve()),
         encoder=encoder,
@@ -84,4 +99,5 @@ def configure(
         seeds=list(range(first_seed, first_seed + seeds)),
         shapes=shapes,
         trainer=dict(trainer or {}),
+        studies=chosen_studies,
     )

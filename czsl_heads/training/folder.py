@@ -15,13 +15,13 @@ from czsl_heads.data.integrity import broken_images
 from czsl_heads.data.layout import CompositionDataset, DataError, layout_files, read_dataset
 from czsl_heads.data.shapes import make_shapes, shapes_space
 from czsl_heads.space import CompositionSpace
-from czsl_heads.training.align import check_validation
 from czsl_heads.training.config import AblationConfig
 from czsl_heads.training.run import build_sac, check_trainer
+from czsl_heads.training.stage import check_validation
 
 CONFIG = "config.json"
 # May differ when an ablation is taken up again: they decide which numbers there are, or how fast, but none of them.
-_FREE = ("seeds", "options.workers", "trainer.enable_progress_bar")
+_FREE = ("seeds", "studies", "options.workers", "trainer.enable_progress_bar")
 
 
 def open_folder(out: Path, config: AblationConfig) -> CompositionDataset:
@@ -72,7 +72,7 @@ def _checked_dataset(root: str) -> CompositionDataset:
 
 def _rehearse(config: AblationConfig, space: CompositionSpace) -> None:
     check_trainer(config.trainer)
-    build_sac(config.encoder, space, config.options)
+    build_sac(config.encoder, space, config.options, condenser=True)
 
 
 def _settings(config: AblationConfig) -> dict[str, Any]:

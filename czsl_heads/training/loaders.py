@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from czsl_heads.data.layout import CompositionDataset
-from czsl_heads.encoders.protocol import Encoder
-from czsl_heads.training.options import AlignOptions
+from czsl_heads.training.options import SACOptions
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -37,21 +35,30 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def train_loader(
-    dataset: CompositionDataset,
-    encoder: Encoder,
-    options: AlignOptions,
-    seed: int,
-    *,
-    rank: int = 0,
-    num_ranks: int = 1,
+    images: Dataset[Any], options: SACOptions, seed: int, *, rank: int = 0, num_ranks: int = 1
 ) -> DataLoader[Any]:
-    """Augmented training images, shuffled."""
-    images = dataset.images("train", encoder.transform(train=True), seed=seed)
-    sampler = EpochSampler(len(images), seed=seed, rank=rank, num_ranks=num_ranks)
-    return DataLoader(images, options.batch_size, sampler=sampler, num_workers=options.workers)
+    """Training images, shuffled."""
+    sampler = EpochSampler(len(images), seed=seed, rank=rank, num_ranks=num_ranks)  # type: ignore[arg-type]
+    return _loader(images, options, options.batch_size, sampler)
 
 
-def eval_loader(dataset: CompositionDataset, encoder: Encoder, options: AlignOptions, split: str) -> DataLoader[Any]:
-    """The images of a split in file order."""
-    images = dataset.images(split, encoder.transform())
-    return DataLoader(images, options.eval_batch_size, num_workers=options.workers)
+def eval_loader(images: Dataset[Any], options: SACOptions) -> DataLoader[Any]:
+    """Images in file order."""
+    return _loader(images, options, options.eval_batch_size, None)
+
+
+def _loader(
+    images: Dataset[Any], options: SACOptions, batch_size: int, sampler: EpochSampler | None
+) -> DataLoader[Any]:
+    whole = hasattr(images, "__getitems__")  # in memory: gives whole batches, and workers would only copy it
+    return DataLoader(
+        images,
+        batch_size,
+        sampler=sampler,
+        num_workers=0 if whole else options.workers,
+        collate_fn=_as_it_is if whole else None,
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

@@ -6,24 +6,47 @@ from dataclasses import dataclass, fields
 from importlib.resources import files
 from typing import Any, get_args
 
-from czsl_heads._checks import check_choice, check_integer, check_positive, check_range
+from czsl_heads._checks import check_choice, check_integer, check_kind, check_positive, check_range
 from czsl_heads.adapters.lora import Matrix
+from czsl_heads.functional.bank import Empty
+from czsl_heads.functional.distill import Direction
 from czsl_heads.models.sac import Fusion
 
 
 @dataclass(frozen=True)
-class AlignOptions:
-    """Stage I: soft prompts and LoRA on the vision tower, trained by the cross-entropies of Eq. 4.
+class SACOptions:
+    """What decides the training of :class:`~czsl_heads.SAC` and how it scores.
+
+    Stage I trains soft prompts and LoRA on the vision tower by the cross-entropies of Eq. 4; stage II the condenser,
+    with all else frozen; stage III fills a memory bank, and trains nothing.
 
     Args:
-        epochs: Passes over the training images.
+        epochs: Passes over the training images in stage I.
         batch_size: Images a step (on each device).
-        learning_rate, weight_decay: Of Adam, whose decay is coupled, as in the field's code.
-        decay_every, decay_factor: The rate is multiplied by ``decay_factor`` every ``decay_every`` epochs.
+        learning_rate, weight_decay: Of Adam, whose decay is coupled, as in the field's code; in both stages.
+        decay_every, decay_factor: The rate is multiplied by ``decay_factor`` every ``decay_every`` epochs of a stage.
         context, prompt_dropout: Of the soft prompts.
         fusion: How scores combine pair and primitives: ``probs`` (the paper) or ``logits`` (Troika's code).
         lora_matrices, lora_rank, lora_alpha, lora_dropout, lora_layers: Of the vision tower's adapters; rank 0: none.
-        eval_batch_size: Images at once in validation and test.
+        topk, temperature: Of the alignment heads ``topk`` and ``logsumexp``.
+        include_cls: Let [CLS] take part in the reduction over tokens, as in the paper.
+        cls_weight: Weight of [CLS] in the score of the alignment head, in [0, 1].
+        patch_drop: Share of the patches that the vision tower does not see in training (never in a test), in [0, 1).
+        condense_epochs: Passes in stage II; None: as many as in stage I.
+        condense_learning_rate: Of stage II; None: that of stage I.
+        condense_augment: Augment the training images in stage II. Without, nothing random stands before the condenser,
+            and the encoder runs once for each image instead of once an epoch.
+        cache: Keep encoded images in memory in stage II: None, if they fit into 2 GB; True, in any case; False, never.
+        depth, condenser_dropout: Of the condenser: its number of blocks, and dropout.
+        alpha: Weight of the distillation in stage II, in [0, 1].
+        direction: Of the distillation: ``reverse`` is KL(condenser || alignment), ``forward`` the other way round.
+        joint: Train both stages at once instead (Eq. 11), from the start.
+        beta: Weight of the alignment branch in the fused scores, in [0, 1].
+        gamma: Weight of the memory bank in the fused scores, at least 0.
+        slots: Images that the bank remembers a pair.
+        bank_temperature, bank_empty, bank_normalize: Of :class:`~czsl_heads.DynamicMemoryBank`.
+        bank_labels: Fill the bank by the training images' labels instead of the condenser's predictions.
+        eval_batch_size: Images at once in validation and test. Decides what the adapting bank has seen when.
         workers: Processes that load images.
     """
 
@@ -41,23 +64,61 @@ class AlignOptions:
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
     lora_layers: int | None = None
+    topk: int = 4
+    temperature: float = 0.01
+    include_cls: bool = True
+    cls_weight: float = 0.0
+    patch_drop: float = 0.0
+    condense_epochs: int | None = None
+    condense_learning_rate: float | None = None
+    condense_augment: bool = True
+    cache: bool | None = None
+    depth: int = 1
+    condenser_dropout: float = 0.0
+    alpha: float = 0.5
+    direction: Direction = "reverse"
+    joint: bool = False
+    beta: float = 0.5
+    gamma: float = 0.5
+    slots: int = 16
+    bank_temperature: float = 0.1
+    bank_empty: Empty = "mask"
+    bank_normalize: bool = False
+    bank_labels: bool = False
     eval_batch_size: int = 128
     workers: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_matrices", tuple(self.lora_matrices))
-        for name in ("epochs", "batch_size", "decay_every", "eval_batch_size"):
+        for name in ("epochs", "batch_size", "decay_every", "eval_batch_size", "topk", "depth", "slots"):
             check_integer(name, getattr(self, name), 1)
         for name in ("lora_rank", "workers"):
             check_integer(name, getattr(self, name), 0)
-        for name in ("prompt_dropout", "lora_dropout"):
+        for name in ("prompt_dropout", "lora_dropout", "condenser_dropout", "cls_weight", "alpha", "beta"):
             check_range(name, getattr(self, name), 0, 1)
-        check_range("weight_decay", self.weight_decay, 0)
-        check_positive("learning_rate", self.learning_rate)
-        check_positive("decay_factor", self.decay_factor)
-        check_choice("fusion", self.fusion, get_args(Fusion))
-        if not isinstance(self.context, str):
-            raise TypeError(f"expected `context` to be a string, got {self.context!r}")
+        for name in ("weight_decay", "gamma"):
+            check_range(name, getattr(self, name), 0)
+        for name in ("learning_rate", "decay_factor", "temperature", "bank_temperature"):
+            check_positive(name, getattr(self, name))
+        for name in ("include_cls", "condense_augment", "joint", "bank_normalize", "bank_labels"):
+            check_kind(name, getattr(self, name), bool)
+        for name, values in (("fusion", Fusion), ("direction", Direction), ("bank_empty", Empty)):
+            check_choice(name, getattr(self, name), get_args(values))
+        check_kind("context", self.context, str)
+        check_range("patch_drop", self.patch_drop, 0, 0.99)
+        if self.cache is not None:
+            check_kind("cache", self.cache, bool)
+        if self.condense_epochs is not None:
+            check_integer("condense_epochs", self.condense_epochs, 1)
+        if self.condense_learning_rate is not None:
+            check_positive("condense_learning_rate", self.condense_learning_rate)
+        if self.fusion == "logits" and self.bank_empty == "mask":
+            raise ValueError('expected `bank_empty` to be zero where fusion="logits" adds logits, got mask')
+
+    @property
+    def extra_epochs(self) -> int:
+        """Epochs of stage II, which rows of stage I get too where they are compared with it."""
+        return self.epochs if self.condense_epochs is None else self.condense_epochs
 
 
 def preset_names() -> list[str]:
@@ -65,7 +126,7 @@ def preset_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
 
 
-def load_options(preset: str, overrides: dict[str, Any] | None = None) -> AlignOptions:
+def load_options(preset: str, overrides: dict[str, Any] | None = None) -> SACOptions:
     """The options of a preset, some of them replaced.
 
     Raises:
@@ -79,10 +140,10 @@ def load_options(preset: str, overrides: dict[str, Any] | None = None) -> AlignO
 
     check_choice("preset", preset, preset_names())
     settings = {**yaml.safe_load((_folder() / f"{preset}.yaml").read_text()), **(overrides or {})}
-    known = [field.name for field in fields(AlignOptions)]
+    known = [field.name for field in fields(SACOptions)]
     for name in settings:
         check_choice("options", name, known)
-    return AlignOptions(**settings)
+    return SACOptions(**settings)
 
 
 def _folder() -> Any:

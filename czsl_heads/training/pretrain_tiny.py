@@ -33,24 +33,31 @@ from czsl_heads._files import whole_file, write_json
 from czsl_heads.data.drawing import ATTRIBUTES, OBJECTS, compose, render
 from czsl_heads.data.shapes import companions, split_pairs, unseen_pairs
 from czsl_heads.encoders.open_clip import OpenClipEncoder
-from czsl_heads.encoders.tiny import IMAGE_SIZE, MERGES, WEIGHTS, build_tiny
+from czsl_heads.encoders.tiny import IMAGE_SIZE, MERGES, RECORD, WEIGHTS, build_tiny
 from czsl_heads.encoders.transforms import CLIP_MEAN, CLIP_STD
 
-RECORD = "tiny_clip.json"
 PREFIXES = ("a photo of a", "a photo of", "a picture of a", "an image of the", "a", "the", "a drawing of a", "")
 PAIR_TEMPLATES = tuple(f"{prefix} {{attribute}} {{object}}".strip() for prefix in PREFIXES)
 ATTRIBUTE_TEMPLATES = tuple(f"{prefix} {{attribute}}{noun}".strip() for prefix in PREFIXES for noun in ("", " object"))
 OBJECT_TEMPLATES = tuple(f"{prefix} {{object}}".strip() for prefix in PREFIXES)
 _KINDS = (("attribute", ATTRIBUTES), ("object", OBJECTS))
-# Templates, the kinds of label (columns of `labels`, items of `_KINDS`) that they name, and the weight of their loss.
-_CAPTIONS = ((PAIR_TEMPLATES, [0, 1], 1.0), (ATTRIBUTE_TEMPLATES, [0], 0.3), (OBJECT_TEMPLATES, [1], 0.3))
+# Templates, the kinds of label (columns of `labels`, items of `_KINDS`) that they name, the option with their weight.
+_CAPTIONS = (
+    (PAIR_TEMPLATES, [0, 1], "pair_weight"),
+    (ATTRIBUTE_TEMPLATES, [0], "part_weight"),
+    (OBJECT_TEMPLATES, [1], "part_weight"),
+)
 
 _TRAIN_STREAM, _TEST_STREAM = 1001, 1002  # random streams of their own: no image is shared with any data set
 
 
 @dataclass(frozen=True)
 class PretrainSpec:
-    """The run: ``images`` drawn once, ``steps`` of ``batch_size``, a share ``spelled`` of captions in letters."""
+    """The run: ``images`` drawn once, ``steps`` of ``batch_size``, a share ``spelled`` of captions in letters.
+
+    ``pair_weight`` and ``part_weight`` weigh the losses of captions that name the pair, and the attribute or the object
+    alone; ``layers`` and ``patch_size`` are of the vision tower.
+    """
 
     images: int = 60_000
     steps: int = 2_400
@@ -61,6 +68,10 @@ class PretrainSpec:
     spelled: float = 0.1
     test_per_pair: int = 25
     seed: int = 0
+    pair_weight: float = 1.0
+    part_weight: float = 0.3
+    layers: int = 4
+    patch_size: int = 8
 
 
 def train_merges(words: Iterable[str]) -> list[tuple[str, str]]:
@@ -143,7 +154,10 @@ class _Pretraining(lightning.LightningModule):
         images = F.normalize(self._vision(_normalise(pixels)), dim=-1)
         scale = self.encoder.logit_scale.clamp(max=100)
         total = images.new_zeros(())
-        for templates, named, weight in _CAPTIONS:
+        for templates, named, option in _CAPTIONS:
+            weight: float = getattr(self.spec, option)
+            if not weight:
+                continue
             captioned, inverse = labels[:, named].unique(dim=0, return_inverse=True)
             template = templates[self.rng.integers(len(templates))]
             texts = [_caption(template, named, key) for key in captioned.tolist()]
@@ -220,7 +234,7 @@ def pretrain(out: Path, spec: PretrainSpec) -> dict[str, Any]:
     lightning.seed_everything(spec.seed)
     out.mkdir(parents=True, exist_ok=True)
     write_merges(out / MERGES)
-    model, tokenizer = build_tiny(out / MERGES)
+    model, tokenizer = build_tiny(out / MERGES, layers=spec.layers, patch_size=spec.patch_size)
     encoder = OpenClipEncoder(model, tokenizer=tokenizer, frozen=False)
 
     pairs = split_pairs("train")

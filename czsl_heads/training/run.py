@@ -1,4 +1,4 @@
-"""One training run in one folder: build, fit or resume, keep the best epoch, test."""
+"""One trained model in one folder: build, fit or resume, keep the best epoch, test."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,19 +22,29 @@ from safetensors.torch import load_file, save_file
 
 from czsl_heads._files import whole_file, write_json
 from czsl_heads.adapters.lora import add_lora
+from czsl_heads.adapters.patch_drop import drop_patches
 from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.encoders.wrap import wrap
-from czsl_heads.heads.sparse_align import Reduce, SparseAlignHead
-from czsl_heads.models.sac import SAC
+from czsl_heads.heads.condenser import VACondenser
+from czsl_heads.heads.sparse_align import POOLS, Reduce, SparseAlignHead
+from czsl_heads.models.sac import SAC, TrainStage
 from czsl_heads.space import CompositionSpace
-from czsl_heads.training.align import AlignStage
-from czsl_heads.training.options import AlignOptions
+from czsl_heads.training.evaluate import WORLDS, Evaluation, Readout, World, new_bank
+from czsl_heads.training.options import SACOptions
+from czsl_heads.training.stage import Stage
 
-WEIGHTS, RECORD = "weights.safetensors", "run.json"
+WEIGHTS, BANK, RECORD = "weights.safetensors", "bank.safetensors", "run.json"
 
 
-def build_sac(encoder_name: str, space: CompositionSpace, options: AlignOptions, *, reduce: Reduce = "max") -> SAC:
-    """A SAC ready for stage I: frozen CLIP, LoRA on its vision tower, soft prompts, an alignment head."""
+def build_sac(
+    encoder_name: str,
+    space: CompositionSpace,
+    options: SACOptions,
+    *,
+    reduce: Reduce = "max",
+    condenser: bool = False,
+) -> SAC:
+    """A SAC ready to be trained: frozen CLIP, LoRA on its vision tower, soft prompts, heads."""
     encoder = wrap(encoder_name)
     if options.lora_rank:
         add_lora(
@@ -45,42 +55,82 @@ def build_sac(encoder_name: str, space: CompositionSpace, options: AlignOptions,
             dropout=options.lora_dropout,
             layers=options.lora_layers,
         )
-    dim = encoder.dim if reduce in ("linear", "attention") else None
-    head = SparseAlignHead(reduce, dim=dim, logit_scale=encoder.logit_scale)
+    if options.patch_drop:
+        drop_patches(encoder, options.patch_drop)
+    head = SparseAlignHead(
+        reduce,
+        k=options.topk if reduce == "topk" else None,
+        temperature=options.temperature,
+        dim=encoder.dim if reduce in POOLS else None,
+        include_cls=options.include_cls,
+        cls_weight=options.cls_weight,
+        logit_scale=encoder.logit_scale,
+    )
+    gathering = VACondenser(encoder.dim, depth=options.depth, dropout=options.condenser_dropout) if condenser else None
     return SAC(
         encoder,
         space,
         head=head,
+        condenser=gathering,
         context=options.context,
         prompt_dropout=options.prompt_dropout,
         fusion=options.fusion,
+        alpha=options.alpha,
+        beta=options.beta,
+        gamma=options.gamma,
+        direction=options.direction,
     )
 
 
-def train_align(
+class _BestWithin(ModelCheckpoint):
+    """Keeps the best of the first epochs; later ones are trained for other rows of a table."""
+
+    def __init__(self, folder: Path, name: str, *, epochs: int) -> None:
+        super().__init__(folder, name, monitor="val/auc", mode="max", enable_version_counter=False)
+        self.epochs = epochs
+
+    @property
+    def state_key(self) -> str:
+        return f"{super().state_key}, within {self.epochs} epochs"
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.current_epoch < self.epochs:
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+def train_model(
     folder: Path,
     dataset: CompositionDataset,
-    options: AlignOptions,
+    options: SACOptions,
+    readouts: dict[str, Readout],
     *,
     encoder: str = "tiny",
     reduce: Reduce = "max",
+    stage: TrainStage = "align",
+    base: Path | None = None,
+    extra_epochs: int = 0,
     seed: int = 0,
     trainer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train and test one alignment branch; a run that was interrupted goes on from its last whole epoch.
+    """Train and test one model; a run that was interrupted goes on from its last whole epoch.
 
     Args:
         folder: Of this run. A finished run there is not repeated: its record is returned.
         dataset: Data set to train, validate and test on.
         options: What is trained, and how.
+        readouts: Ways to score the test images.
         encoder: A name that :func:`czsl_heads.wrap` takes.
         reduce: Reduction of the :class:`~czsl_heads.SparseAlignHead`.
+        stage: ``"align"`` has no condenser; ``"condense"`` trains one on the frozen model of ``base``; ``"joint"``
+            trains both at once.
+        base: Folder of the finished run that ``"condense"`` starts from.
+        extra_epochs: Of ``"align"``: trained on behind ``options.epochs``, for a second result with the longer budget.
         seed: Decides initialisation, order, augmentation and dropout.
         trainer: Arguments of ``lightning.Trainer``, such as ``precision="bf16-mixed"``, ``accelerator``, ``devices``.
 
     Returns:
-        The record: settings, best epoch, trainable parameters, and the results on the test images by world and
-        protocol.
+        The record: settings, and by budget (``"best"``, and ``"longer"`` with ``extra_epochs``) the best epoch, its
+        validation AUC, the results on the test images by readout, world and protocol, and the modality gap.
 
     Raises:
         KeyboardInterrupt: The run was interrupted; calling again resumes it.
@@ -90,43 +140,110 @@ def train_align(
         record: dict[str, Any] = json.loads(record_path.read_text())
         return record
     lightning.seed_everything(seed, verbose=False)
-    stage = AlignStage(build_sac(encoder, dataset.space, options, reduce=reduce), dataset, options, seed=seed)
-    stage.train()  # Lightning keeps the mode it is given, and a wrapped CLIP comes in eval mode
-    checkpoint = ModelCheckpoint(
-        folder / "checkpoints", "best", monitor="val/auc", mode="max", save_last=True, enable_version_counter=False
-    )
-    steps = math.ceil(len(dataset.samples["train"]) / options.batch_size)
-    fitter = _trainer(folder, options, steps, checkpoint, trainer or {})
+    sac = build_sac(encoder, dataset.space, options, reduce=reduce, condenser=stage != "align")
+    if base is not None:
+        load_weights(sac, base / WEIGHTS, partial=True)
+    budgets = _budgets(options, stage, extra_epochs)
+    learned = _learned(sac)
+    module = Stage(sac, dataset, options, stage=stage, seed=seed)
+    checkpoints = [_BestWithin(folder / "checkpoints", name, epochs=epochs) for name, epochs in budgets.items()]
+    fitter = _trainer(folder, options, len(dataset.samples["train"]), checkpoints, max(budgets.values()), trainer or {})
     last = folder / "checkpoints" / "last.ckpt"
+    results = {}
     with _quiet():
         try:
-            fitter.fit(stage, ckpt_path=last if last.exists() else None, weights_only=True)
+            fitter.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt from None
-        best = torch.load(checkpoint.best_model_path, weights_only=True, map_location="cpu")
-        stage.load_state_dict(best["state_dict"], strict=False)
-        fitter.test(stage, verbose=False)
+        for name, checkpoint in reversed([*zip(budgets, checkpoints)]):  # "best" comes last, and stays in the model
+            best = torch.load(checkpoint.best_model_path, weights_only=True, map_location="cpu")
+            module.load_state_dict(best["state_dict"], strict=False)
+            results[name] = _epoch(checkpoint, best) | _test(sac, dataset, options, readouts, fitter, folder)
 
-    score = checkpoint.best_model_score
-    trainable = {name: p.detach().cpu() for name, p in stage.sac.named_parameters() if p.requires_grad}
     record = {
         "encoder": encoder,
         "reduce": reduce,
+        "stage": stage,
         "seed": seed,
         "options": asdict(options),
-        "trainable_parameters": sum(tensor.numel() for tensor in trainable.values()),
-        "best_epoch": int(best["epoch"]) + 1,
-        "validation_auc": None if score is None or not score.isfinite() else score.item(),
-        "test": {
-            world: {protocol: result.as_dict() for protocol, result in results.items()}
-            for world, results in stage.results.items()
-        },
+        "space": _space_record(dataset.space),
+        "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "budgets": dict(reversed(results.items())),
     }
     if is_main_process():
         with whole_file(folder / WEIGHTS) as path:
-            save_file({name: tensor.contiguous() for name, tensor in trainable.items()}, path)
+            save_file({name: sac.get_parameter(name).detach().cpu().contiguous() for name in learned}, path)
         record = write_json(record_path, record)  # last: it marks the run as finished
     return record
+
+
+def _budgets(options: SACOptions, stage: TrainStage, extra_epochs: int) -> dict[str, int]:
+    """Epochs by the name of the budget, ascending."""
+    if stage == "condense":
+        return {"best": options.extra_epochs}
+    if stage == "joint":
+        return {"best": options.epochs + options.extra_epochs}
+    longer = {"longer": options.epochs + extra_epochs} if extra_epochs else {}
+    return {"best": options.epochs, **longer}
+
+
+def _learned(sac: SAC) -> list[str]:
+    """What is trained in some stage, and so belongs into a file of weights."""
+    return [name for name, parameter in sac.named_parameters() if parameter.requires_grad]
+
+
+def _epoch(checkpoint: ModelCheckpoint, best: dict[str, Any]) -> dict[str, Any]:
+    score = checkpoint.best_model_score
+    return {
+        "best_epoch": int(best["epoch"]) + 1,
+        "validation_auc": None if score is None or not score.isfinite() else score.item(),
+    }
+
+
+def _test(
+    sac: SAC,
+    dataset: CompositionDataset,
+    options: SACOptions,
+    readouts: dict[str, Readout],
+    fitter: lightning.Trainer,
+    folder: Path,
+) -> dict[str, Any]:
+    evaluation = Evaluation(sac, dataset, options, readouts)
+    fitter.test(evaluation, verbose=False)
+    if any(plan.slots == options.slots for plan in evaluation.plans) and is_main_process():
+        with whole_file(folder / BANK) as path:
+            save_file(evaluation.filled_bank("closed", options.slots).cpu().state_dict(), path)
+    return {"test": as_dicts(evaluation), "gap": evaluation.gap}
+
+
+def as_dicts(evaluation: Evaluation) -> dict[str, Any]:
+    """The results of an evaluation, for a JSON file: by readout, world and protocol."""
+    return {
+        name: {
+            world: {protocol: result.as_dict() for protocol, result in by_protocol.items()}
+            for world, by_protocol in by_world.items()
+        }
+        for name, by_world in evaluation.results.items()
+    }
+
+
+def evaluate_model(
+    folder: Path,
+    dataset: CompositionDataset,
+    readouts: dict[str, Readout],
+    *,
+    split: str = "test",
+    worlds: tuple[World, ...] = WORLDS,
+    trainer: dict[str, Any] | None = None,
+) -> Evaluation:
+    """Score a finished run in other ways, in one pass; nothing is written."""
+    record = json.loads((folder / RECORD).read_text())
+    options = SACOptions(**record["options"])
+    evaluation = Evaluation(load_run(folder), dataset, options, readouts, split=split, worlds=worlds)
+    with _quiet():
+        flags = {**_SETTINGS, **(trainer or {}), "logger": False, "enable_checkpointing": False}
+        lightning.Trainer(**flags).test(evaluation, verbose=False)
+    return evaluation
 
 
 def is_main_process() -> bool:
@@ -134,18 +251,55 @@ def is_main_process() -> bool:
     return int(rank_zero_only.rank) == 0  # type: ignore[attr-defined]
 
 
-def load_align(folder: Path, space: CompositionSpace) -> SAC:
-    """The trained model of a finished run, in eval mode; ``space`` must be over the primitives it was trained on."""
+def load_run(folder: Path) -> SAC:
+    """The trained model of a finished run, in eval mode, with its memory bank if it has one.
+
+    Raises:
+        ValueError: The files do not fit together.
+        OSError: A file is missing.
+    """
     record = json.loads((folder / RECORD).read_text())
-    sac = build_sac(record["encoder"], space, AlignOptions(**record["options"]), reduce=record["reduce"])
-    weights = load_file(folder / WEIGHTS)
-    wanted = {name: p.shape for name, p in sac.named_parameters() if p.requires_grad}
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    if wanted != found:
-        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-        raise ValueError(f"expected `folder` with weights for this space, got other names or shapes: {', '.join(odd)}")
-    sac.load_state_dict(weights, strict=False)
+    space, options = _recorded_space(record["space"]), SACOptions(**record["options"])
+    aligned = record["stage"] == "align"
+    sac = build_sac(record["encoder"], space, options, reduce=record["reduce"], condenser=not aligned)
+    load_weights(sac, folder / WEIGHTS)
+    if (folder / BANK).exists():
+        bank = new_bank(space, sac.encoder.dim, sac, options)
+        bank.load_state_dict(load_file(folder / BANK))
+        sac.use_bank(bank, space)
     return sac.eval()
+
+
+def load_weights(sac: SAC, path: Path, *, partial: bool = False) -> None:
+    """Load what a run has learned; with ``partial`` the file may lack parts of the model.
+
+    Raises:
+        ValueError: The file has other names or shapes than the model.
+    """
+    found = load_file(path)
+    wanted = {name: sac.get_parameter(name).shape for name in _learned(sac)}
+    if partial:
+        wanted = {name: shape for name, shape in wanted.items() if name in found}
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    if wanted != shapes:
+        odd = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
+        raise ValueError(f"expected weights of this model in {path}, got other names or shapes: {', '.join(odd)}")
+    sac.load_state_dict(found, strict=False)
+
+
+def _space_record(space: CompositionSpace) -> dict[str, Any]:
+    return {
+        "attributes": list(space.attributes),
+        "objects": list(space.objects),
+        "pairs": space.pairs.tolist(),
+        "seen": space.seen_mask.tolist(),
+    }
+
+
+def _recorded_space(record: dict[str, Any]) -> CompositionSpace:
+    pairs = [(attr, obj) for attr, obj in record["pairs"]]
+    seen, unseen = ([pair for pair, mark in zip(pairs, record["seen"]) if mark is kind] for kind in (True, False))
+    return CompositionSpace(record["attributes"], record["objects"], seen=seen, unseen=unseen).subset(pairs)
 
 
 _SETTINGS: dict[str, Any] = {
@@ -168,13 +322,21 @@ def check_trainer(flags: dict[str, Any]) -> None:
 
 
 def _trainer(
-    folder: Path, options: AlignOptions, steps: int, checkpoint: ModelCheckpoint, flags: dict[str, Any]
+    folder: Path,
+    options: SACOptions,
+    images: int,
+    best: Sequence[ModelCheckpoint],
+    epochs: int,
+    flags: dict[str, Any],
 ) -> lightning.Trainer:
-    settings = {**_SETTINGS, **flags, "max_epochs": options.epochs, "log_every_n_steps": min(10, steps)}
+    steps = math.ceil(images / options.batch_size)
+    settings = {**_SETTINGS, **flags, "max_epochs": epochs, "log_every_n_steps": min(10, steps)}
+    # The last of the callbacks, so that it holds the state of the others.
+    last = ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)
     with _quiet():
         # Each attempt gets its own log folder: what an interrupted one logged is kept.
         loggers = [CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")]
-        return lightning.Trainer(**settings, callbacks=[checkpoint], logger=loggers)
+        return lightning.Trainer(**settings, callbacks=[*best, last], logger=loggers)
 
 
 _UNASKED = (
@@ -184,6 +346,7 @@ _UNASKED = (
     "smaller than the logging interval",
     "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
     "LeafSpec.*is deprecated",
+    "Found .* module\\(s\\) in eval mode",  # those that are frozen
 )
 
 

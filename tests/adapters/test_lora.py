@@ -359,11 +359,49 @@ def test_the_attention_takes_the_parameters_and_not_copies():
     assert adapted.attention_dropout == 0.25
 
 
-def test_attention_weights_cannot_be_asked_for(small_encoder, generator):
-    add_lora(small_encoder)
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("average", [True, False], ids=["mean", "per head"])
+@pytest.mark.parametrize("mask_dtype", [None, torch.float32, torch.bool])
+def test_the_weights_equal_those_of_multihead_attention(generator, batch_first, average, mask_dtype):
+    base = nn.MultiheadAttention(12, 3, batch_first=batch_first).eval()
+    adapted = LoRAAttention(base, ["q", "k"], rank=2, scale=1.0, dropout=0.0)
+    hidden = torch.randn(2, 5, 12, generator=generator)
+    hidden = hidden if batch_first else hidden.transpose(0, 1)
+    causal = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    mask = {None: None, torch.float32: torch.zeros(5, 5).masked_fill(causal, -torch.inf), torch.bool: causal}
+    call = {"need_weights": True, "average_attn_weights": average, "attn_mask": mask[mask_dtype]}
+    outputs, weights = adapted(hidden, hidden, hidden, **call)
+    expected_outputs, expected = base(hidden, hidden, hidden, **call)
+    assert weights.shape == ((2, 5, 5) if average else (2, 3, 5, 5))
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(outputs, expected_outputs, rtol=0, atol=1e-6)
+
+
+def test_the_weights_are_those_of_the_changed_matrices(generator):
+    adapted = LoRAAttention(nn.MultiheadAttention(12, 3, batch_first=True), ["q", "k"], rank=2, scale=1.0, dropout=0.0)
+    randomise([adapted.eval()])
+    base = nn.MultiheadAttention(12, 3, batch_first=True).eval()
+    hidden = torch.randn(2, 5, 12, generator=generator)
+    _, weights = adapted(hidden, hidden, hidden, need_weights=True)
+    adapted.merge()
+    base.load_state_dict({name: adapted.get_parameter(name) for name in base.state_dict()})  # the merged matrices
+    _, expected = base(hidden, hidden, hidden, need_weights=True)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(adapted(hidden, hidden, hidden, need_weights=True)[1], expected, rtol=0, atol=1e-6)
+    adapted.unmerge()
+    base.load_state_dict({name: adapted.get_parameter(name) for name in base.state_dict()})
+    assert not torch.allclose(weights, base(hidden, hidden, hidden, need_weights=True)[1], atol=1e-2)
+
+
+def test_weights_are_returned_only_when_asked_for_and_change_no_output(small_encoder, generator):
+    randomise(add_lora(small_encoder))
     hidden = torch.randn(1, 2, DIM, generator=generator)
-    with pytest.raises(ValueError, match="expected `need_weights=False`, got True"):
-        small_encoder.blocks("vision")[0].attn(hidden, hidden, hidden, need_weights=True)
+    attention = small_encoder.blocks("vision")[0].attn
+    outputs, nothing = attention(hidden, hidden, hidden)
+    asked, weights = attention(hidden, hidden, hidden, need_weights=True)
+    assert nothing is None
+    assert torch.equal(asked, outputs)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(1, 2))
 
 
 def test_blocks_that_are_not_batch_first_are_adapted_alike(small_encoder, generator):

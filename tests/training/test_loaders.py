@@ -5,7 +5,7 @@ import torch
 from czsl_heads import wrap
 from czsl_heads.data import CompositionDataset
 from czsl_heads.training.loaders import EpochSampler, eval_loader, train_loader
-from czsl_heads.training.options import AlignOptions
+from czsl_heads.training.options import SACOptions
 
 
 def order(seed: int, epoch: int, **ranks: int) -> list[int]:
@@ -30,10 +30,10 @@ def test_ranks_share_an_epoch_without_overlap() -> None:
 
 
 def test_an_epoch_repeats_to_the_bit_whatever_ran_before(dataset: CompositionDataset) -> None:
-    encoder, options = wrap("tiny"), AlignOptions(batch_size=40)
+    encoder, options = wrap("tiny"), SACOptions(batch_size=40)
 
     def epoch(number: int) -> list[torch.Tensor]:
-        loader = train_loader(dataset, encoder, options, 5)
+        loader = train_loader(dataset.images("train", encoder.transform(train=True), seed=5), options, 5)
         loader.sampler.set_epoch(number)
         return [part for batch in loader for part in batch]
 
@@ -45,5 +45,7 @@ def test_an_epoch_repeats_to_the_bit_whatever_ran_before(dataset: CompositionDat
 
 
 def test_evaluation_runs_in_file_order(dataset: CompositionDataset) -> None:
-    columns = torch.cat([target for _, target in eval_loader(dataset, wrap("tiny"), AlignOptions(), "test")])
+    columns = torch.cat(
+        [target for _, target in eval_loader(dataset.images("test", wrap("tiny").transform()), SACOptions())]
+    )
     assert columns.tolist() == [sample.column for sample in dataset.samples["test"]]

@@ -2,13 +2,13 @@
 
 import pytest
 
-from czsl_heads.training.options import AlignOptions, load_options, preset_names
+from czsl_heads.training.options import SACOptions, load_options, preset_names
 
 
 def test_every_preset_loads() -> None:
     assert preset_names() == ["cgqa", "mit-states", "shapes", "ut-zappos"]
     for name in preset_names():
-        assert isinstance(load_options(name), AlignOptions)
+        assert isinstance(load_options(name), SACOptions)
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,8 @@ def test_an_override_replaces_one_option() -> None:
     [
         (lambda: load_options("imagenet"), "expected `preset` to be one of cgqa, .*got 'imagenet'"),
         (lambda: load_options("shapes", {"epoch": 2}), "expected `options` to be one of epochs, .*got 'epoch'"),
-        (lambda: AlignOptions(epochs=0), "expected `epochs` to be at least 1, got 0"),
-        (lambda: AlignOptions(learning_rate=0), "expected `learning_rate` to be positive and finite, got 0"),
+        (lambda: SACOptions(epochs=0), "expected `epochs` to be at least 1, got 0"),
+        (lambda: SACOptions(learning_rate=0), "expected `learning_rate` to be positive and finite, got 0"),
     ],
 )
 def test_wrong_options_raise(call, message: str) -> None:

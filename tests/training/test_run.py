@@ -1,4 +1,4 @@
-"""A run in a folder: it trains, keeps the best epoch, resumes to the bit, and loads back."""
+"""A run in a folder: it trains, keeps the best epochs, resumes to the bit in every stage, and loads back."""
 
 import dataclasses
 import json
@@ -6,142 +6,247 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from czsl_heads import SAC
 from czsl_heads.data import CompositionDataset
 from czsl_heads.functional import czsl_scores
-from czsl_heads.training.align import AlignStage
+from czsl_heads.training.evaluate import Evaluation, Readout
 from czsl_heads.training.loaders import eval_loader
-from czsl_heads.training.options import AlignOptions
-from czsl_heads.training.run import RECORD, WEIGHTS, build_sac, load_align, train_align
+from czsl_heads.training.options import SACOptions
+from czsl_heads.training.plans import readouts_of
+from czsl_heads.training.run import BANK, RECORD, WEIGHTS, build_sac, evaluate_model, load_run, train_model
+from czsl_heads.training.stage import Stage
+
+ALIGNED = {"aligned": Readout()}
 
 
-@pytest.fixture(scope="module")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, dataset: CompositionDataset, options: AlignOptions, flags: dict
-) -> Path:
-    """A finished run, shared: no test may change it."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    train_align(folder, dataset, options, trainer=flags)
-    return folder
-
-
-def test_a_run_leaves_its_record_weights_and_logs(finished: Path, options: AlignOptions) -> None:
-    record = json.loads((finished / RECORD).read_text())
-    weights = load_file(finished / WEIGHTS)
+def test_a_run_leaves_its_record_weights_and_logs(aligned: Path, options: SACOptions) -> None:
+    record = json.loads((aligned / RECORD).read_text())
+    weights = load_file(aligned / WEIGHTS)
     assert sum(tensor.numel() for tensor in weights.values()) == record["trainable_parameters"]
     assert all("deltas" in name or name.startswith("prompts.") for name in weights)
-    assert 1 <= record["best_epoch"] <= options.epochs
+    assert [*record["budgets"]] == ["best", "longer"]
+    assert 1 <= record["budgets"]["best"]["best_epoch"] <= options.epochs
+    assert record["budgets"]["longer"]["best_epoch"] <= options.epochs + 1
+    assert record["budgets"]["best"]["validation_auc"] <= record["budgets"]["longer"]["validation_auc"]
     assert record["options"]["learning_rate"] == options.learning_rate
-    assert list(finished.glob("logs/*/metrics.csv"))
-    assert list(finished.glob("tensorboard/*/events*"))
+    assert list(aligned.glob("logs/*/metrics.csv"))
+    assert list(aligned.glob("tensorboard/*/events*"))
+    assert not (aligned / BANK).exists()
 
 
-def test_the_loaded_model_gives_the_recorded_numbers(finished: Path, dataset: CompositionDataset) -> None:
-    sac = load_align(finished, dataset.space)
-    record = json.loads((finished / RECORD).read_text())
-    with torch.no_grad():
-        for world, space in (("closed", dataset.space), ("open", dataset.space.open_world())):
-            texts = sac.texts(space)
-            loader = eval_loader(dataset, sac.encoder, AlignOptions(), "test")
-            scores = torch.cat([sac(images, texts).scores for images, _ in loader])
-            target = space.index(dataset.space.pairs[dataset.images("test").columns])
-            mask = dataset.eval_mask("test") if world == "closed" else None
-            result = czsl_scores(scores, target, *space.pairs.unbind(1), space.seen_mask, mask)
-            assert result.auc == pytest.approx(record["test"][world]["standard"]["auc"], abs=1e-6)
-            assert result.attr_accuracy == pytest.approx(record["test"][world]["standard"]["attr_accuracy"], abs=1e-6)
+def test_the_second_stage_trains_the_condenser_alone_and_keeps_all_weights(aligned: Path, condensed: Path) -> None:
+    record = json.loads((condensed / RECORD).read_text())
+    before, after = load_file(aligned / WEIGHTS), load_file(condensed / WEIGHTS)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    own = {name: tensor for name, tensor in after.items() if name not in before}
+    assert all(name.startswith("condenser.") for name in own)
+    assert sum(tensor.numel() for tensor in own.values()) == record["trainable_parameters"]
+    assert [*record["budgets"]["best"]["test"]] == ["fused", "bank", "adapted"]
+    assert record["budgets"]["best"]["gap"]["relative_modality_gap"].keys() == {"cls", "pred", "true", "vac"}
 
 
-def test_training_changes_what_trains_and_nothing_else(finished: Path, dataset: CompositionDataset) -> None:
-    record = json.loads((finished / RECORD).read_text())
-    trained = load_align(finished, dataset.space)
-    fresh = build_sac("tiny", dataset.space, AlignOptions(**record["options"]))
+def scores_of(sac: SAC, dataset: CompositionDataset, world: str) -> tuple:
+    space = dataset.space if world == "closed" else dataset.space.open_world()
+    texts = sac.texts(space)
+    loader = eval_loader(dataset.images("test", sac.encoder.transform()), SACOptions())
+    scores = torch.cat([sac(images, texts).scores for images, _ in loader])
+    target = space.index(dataset.space.pairs[dataset.images("test").columns])
+    mask = dataset.eval_mask("test") if world == "closed" else None
+    return scores, target, *space.pairs.unbind(1), space.seen_mask, mask
+
+
+@torch.no_grad()
+def test_loaded_models_give_the_recorded_numbers(aligned: Path, condensed: Path, dataset: CompositionDataset) -> None:
+    for folder, world, readout in (
+        (aligned, "closed", "aligned"),
+        (aligned, "open", "aligned"),
+        (condensed, "closed", "bank"),
+        (condensed, "open", "bank"),  # the pairs of this data set are all there are
+    ):
+        result = czsl_scores(*scores_of(load_run(folder), dataset, world))
+        recorded = json.loads((folder / RECORD).read_text())["budgets"]["best"]["test"][readout][world]["standard"]
+        for name in ("auc", "seen", "unseen", "attr_accuracy", "obj_accuracy"):
+            assert getattr(result, name) == pytest.approx(recorded[name], abs=1e-6), (world, readout, name)
+
+
+def test_training_changes_what_trains_and_nothing_else(aligned: Path, dataset: CompositionDataset) -> None:
+    record = json.loads((aligned / RECORD).read_text())
+    trained = load_run(aligned)
+    fresh = build_sac("tiny", dataset.space, SACOptions(**record["options"]))
     for (name, before), after in zip(fresh.named_parameters(), trained.parameters()):
         assert torch.equal(before, after) != before.requires_grad, name
 
 
 def test_the_same_seed_gives_the_same_bits(
-    finished: Path, tmp_path: Path, dataset: CompositionDataset, options: AlignOptions, flags: dict
+    aligned: Path, tmp_path: Path, dataset: CompositionDataset, options: SACOptions, flags: dict
 ) -> None:
     torch.rand(7)
-    train_align(tmp_path / "again", dataset, options, trainer=flags)
-    assert (tmp_path / "again" / RECORD).read_bytes() == (finished / RECORD).read_bytes()
-    other = train_align(tmp_path / "other", dataset, options, seed=1, trainer=flags)
-    first, second = load_file(finished / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
+    train_model(tmp_path / "again", dataset, options, ALIGNED, extra_epochs=1, trainer=flags)
+    assert (tmp_path / "again" / RECORD).read_bytes() == (aligned / RECORD).read_bytes()
+    other = train_model(tmp_path / "other", dataset, options, ALIGNED, seed=1, trainer=flags)
+    first, second = load_file(aligned / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
     third = load_file(tmp_path / "other" / WEIGHTS)
     assert other["seed"] == 1
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not any(torch.equal(first[name], third[name]) for name in first)
 
 
-def test_an_interrupted_run_resumes_to_the_same_numbers(
-    finished: Path,
-    tmp_path: Path,
-    dataset: CompositionDataset,
-    options: AlignOptions,
-    flags: dict,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_longer_budget_does_not_change_the_shorter_one(
+    aligned: Path, tmp_path: Path, dataset: CompositionDataset, options: SACOptions, flags: dict
 ) -> None:
-    step, calls = AlignStage.training_step, 0
+    alone = train_model(tmp_path / "alone", dataset, options, ALIGNED, trainer=flags)
+    assert [*alone["budgets"]] == ["best"]
+    assert alone["budgets"]["best"] == json.loads((aligned / RECORD).read_text())["budgets"]["best"]
+    longer = dataclasses.replace(options, epochs=options.epochs + 1)
+    whole = train_model(tmp_path / "whole", dataset, longer, ALIGNED, trainer=flags)
+    assert whole["budgets"]["best"] == json.loads((aligned / RECORD).read_text())["budgets"]["longer"]
 
-    def interrupted(self: AlignStage, batch):
-        nonlocal calls
-        calls += 1
-        if calls == 4:  # the second of two batches of the second epoch
+
+def cut_short(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
+    """Interrupt training at a step; the list counts steps."""
+    step, calls = Stage.training_step, [0]
+
+    def interrupted(self: Stage, batch):
+        calls[0] += 1
+        if calls[0] == after:
             raise KeyboardInterrupt
         return step(self, batch)
 
-    monkeypatch.setattr(AlignStage, "training_step", interrupted)
+    monkeypatch.setattr(Stage, "training_step", interrupted)
+    return calls
+
+
+def test_the_first_stage_resumes_to_the_same_numbers(
+    aligned: Path,
+    tmp_path: Path,
+    dataset: CompositionDataset,
+    options: SACOptions,
+    flags: dict,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = cut_short(monkeypatch, 4)  # the second of two batches of the second epoch
     folder = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        train_align(folder, dataset, options, trainer=flags)
+        train_model(folder, dataset, options, ALIGNED, extra_epochs=1, trainer=flags)
     assert not (folder / RECORD).exists()
     assert not (folder / WEIGHTS).exists()
-    train_align(folder, dataset, options, trainer=flags)
-    assert calls == 6  # one epoch was run again, not two
-    assert (folder / RECORD).read_bytes() == (finished / RECORD).read_bytes()
+    train_model(folder, dataset, options, ALIGNED, extra_epochs=1, trainer=flags)
+    assert calls == [8]  # one epoch of three was run again, not two
+    assert (folder / RECORD).read_bytes() == (aligned / RECORD).read_bytes()
     assert len(list(folder.glob("logs/*"))) == 2  # what the first attempt logged is kept
 
 
+def test_the_second_stage_and_the_tests_resume_to_the_same_numbers(
+    aligned: Path,
+    condensed: Path,
+    tmp_path: Path,
+    dataset: CompositionDataset,
+    options: SACOptions,
+    flags: dict,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run() -> None:
+        readouts = readouts_of(options, "condense")
+        train_model(tmp_path / "cut", dataset, options, readouts, stage="condense", base=aligned, trainer=flags)
+
+    calls = cut_short(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "_predict", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            run()
+    assert not (tmp_path / "cut" / RECORD).exists()
+    assert calls == [5]
+    run()
+    assert calls == [5]
+    assert (tmp_path / "cut" / RECORD).read_bytes() == (condensed / RECORD).read_bytes()
+    assert (tmp_path / "cut" / BANK).read_bytes() == (condensed / BANK).read_bytes()
+
+
 def test_a_finished_run_is_not_repeated(
-    finished: Path, dataset: CompositionDataset, options: AlignOptions, monkeypatch: pytest.MonkeyPatch
+    aligned: Path, dataset: CompositionDataset, options: SACOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AlignStage, "training_step", None)
-    assert train_align(finished, dataset, options) == json.loads((finished / RECORD).read_text())
+    monkeypatch.setattr(Stage, "training_step", None)
+    assert train_model(aligned, dataset, options, ALIGNED) == json.loads((aligned / RECORD).read_text())
 
 
-def test_the_best_epoch_by_validation_auc_is_kept(
-    tmp_path: Path, dataset: CompositionDataset, options: AlignOptions, flags: dict, monkeypatch: pytest.MonkeyPatch
+def test_the_best_epoch_of_each_budget_is_kept(
+    tmp_path: Path, dataset: CompositionDataset, options: SACOptions, flags: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aucs = iter([0.2, 0.7, 0.4])
-    log = AlignStage.log
+    aucs = iter([0.2, 0.7, 0.4, 0.6, 0.9, 0.8])
+    log = Stage.log
     monkeypatch.setattr(
-        AlignStage,
+        Stage,
         "log",
         lambda self, name, value, **kwargs: log(self, name, next(aucs) if name == "val/auc" else value, **kwargs),
     )
     longer = dataclasses.replace(options, epochs=3)
-    record = train_align(tmp_path / "best", dataset, longer, trainer=flags)
-    assert record["best_epoch"] == 2
-    assert record["validation_auc"] == pytest.approx(0.7)
+    record = train_model(tmp_path / "best", dataset, longer, ALIGNED, extra_epochs=3, trainer=flags)
+    found = {name: (part["best_epoch"], part["validation_auc"]) for name, part in record["budgets"].items()}
+    assert found == {"best": (2, pytest.approx(0.7)), "longer": (5, pytest.approx(0.9))}
 
 
+@pytest.mark.parametrize("stage", ["condense", "joint"])
 def test_bf16_runs_by_lightnings_flag(
-    tmp_path: Path, dataset: CompositionDataset, options: AlignOptions, flags: dict
+    aligned: Path, tmp_path: Path, dataset: CompositionDataset, options: SACOptions, flags: dict, stage: str
 ) -> None:
-    short = dataclasses.replace(options, epochs=1)
-    record = train_align(tmp_path / "half", dataset, short, trainer={**flags, "precision": "bf16-mixed"})
-    assert 0 <= record["test"]["closed"]["exact"]["auc"] <= 1
+    short = dataclasses.replace(options, epochs=1, condense_epochs=1)
+    record = train_model(
+        tmp_path / "half",
+        dataset,
+        short,
+        readouts_of(short, stage),
+        stage=stage,
+        base=aligned if stage == "condense" else None,
+        trainer={**flags, "precision": "bf16-mixed"},
+    )
+    for readout in ("fused", "bank", "adapted"):
+        assert 0 <= record["budgets"]["best"]["test"][readout]["open"]["exact"]["auc"] <= 1
 
 
-def test_loading_for_another_space_raises(finished: Path, dataset: CompositionDataset) -> None:
-    from czsl_heads import CompositionSpace
+def test_joint_training_trains_everything(
+    tmp_path: Path, dataset: CompositionDataset, options: SACOptions, flags: dict
+) -> None:
+    short = dataclasses.replace(options, epochs=1, condense_epochs=1)
+    folder = tmp_path / "joint"
+    record = train_model(folder, dataset, short, {"fused": Readout(0.5)}, stage="joint", trainer=flags)
+    weights = load_file(folder / WEIGHTS)
+    assert record["trainable_parameters"] == sum(tensor.numel() for tensor in weights.values())
+    torch.manual_seed(0)
+    fresh = build_sac("tiny", dataset.space, short, condenser=True)
+    changed = {name for name in weights if not torch.equal(weights[name], fresh.get_parameter(name))}
+    assert {"prompts.primitives", "condenser.query"} <= changed
 
-    other = CompositionSpace(["red"], ["circle"], seen=[("red", "circle")])
-    with pytest.raises(ValueError, match=r"expected `folder` with weights for this space.*prompts\.primitives"):
-        load_align(finished, other)
+
+def test_scoring_anew_writes_nothing_and_gives_the_recorded_numbers(
+    condensed: Path, dataset: CompositionDataset, options: SACOptions, flags: dict
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in condensed.rglob("*")}
+    evaluation = evaluate_model(condensed, dataset, readouts_of(options, "condense"), trainer=flags)
+    assert {path: path.stat().st_mtime_ns for path in condensed.rglob("*")} == before
+    recorded = json.loads((condensed / RECORD).read_text())["budgets"]["best"]["test"]
+    for name, by_world in evaluation.results.items():
+        for world, result in by_world.items():
+            assert result["exact"].auc == recorded[name][world]["exact"]["auc"]
 
 
-def test_checkpoints_hold_trainable_parameters_only(finished: Path) -> None:
-    state = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    assert {name.removeprefix("sac.") for name in state} == set(load_file(finished / WEIGHTS))
+def test_weights_of_another_model_are_refused(aligned: Path, tmp_path: Path) -> None:
+    weights = load_file(aligned / WEIGHTS)
+    for name in (RECORD, WEIGHTS):
+        (tmp_path / name).write_bytes((aligned / name).read_bytes())
+    save_file({**weights, "prompts.primitives": weights["prompts.primitives"][1:]}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=r"expected weights of this model in .*other names.*: prompts\.primitives$"):
+        load_run(tmp_path)
+    save_file({name: tensor for name, tensor in weights.items() if "context" not in name}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=r"prompts\.attribute_context, prompts\.object_context, prompts\.pair_context"):
+        load_run(tmp_path)
+
+
+def test_checkpoints_hold_trainable_parameters_only(aligned: Path, condensed: Path) -> None:
+    for folder in (aligned, condensed):
+        state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        trained = {name for name in load_file(folder / WEIGHTS) if folder == aligned or name.startswith("condenser")}
+        assert {name.removeprefix("sac.") for name in state} == trained

@@ -1,0 +1,245 @@
+"""One pass over the images of a split, scored in as many ways as are asked for, in the closed and the open world.
+
+Stage III is here: a memory bank is filled from the training images, and the split is streamed, each batch being
+predicted before a bank that adapts may see it. Every pass fills its banks anew and leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from czsl_heads.data.layout import CompositionDataset
+from czsl_heads.functional.fusion import fuse
+from czsl_heads.functional.maxsim import maxsim
+from czsl_heads.functional.protocol import CZSLResult
+from czsl_heads.heads.memory_bank import DynamicMemoryBank
+from czsl_heads.metrics.czsl_score import CZSLScore
+from czsl_heads.metrics.modality_gap import RelativeModalityGap
+from czsl_heads.models.sac import SAC, SpaceTexts
+from czsl_heads.space import CompositionSpace
+from czsl_heads.training.loaders import eval_loader
+from czsl_heads.training.options import SACOptions
+
+World = Literal["closed", "open"]
+WORLDS: tuple[World, ...] = ("closed", "open")
+PROTOCOLS: tuple[Literal["standard", "exact"], ...] = ("standard", "exact")
+
+
+class BankPlan(NamedTuple):
+    """A memory bank filled from the training images; what it holds besides, and whether it learns on the way.
+
+    ``texts`` puts the texts of unseen pairs into their empty rows; ``updates`` stores images of the split after they
+    were predicted, which makes the scores transductive.
+    """
+
+    slots: int
+    texts: bool = False
+    updates: bool = False
+
+
+@dataclass(frozen=True)
+class Readout:
+    """One way to score: Eq. 12 with these weights. The default is the alignment branch alone."""
+
+    beta: float = 1.0
+    gamma: float = 0.0
+    bank: BankPlan | None = None
+
+
+@dataclass
+class GapReadouts:
+    """The modality gap of the closed world, by which vector stands for an image, and how often that is a patch.
+
+    ``cls``: token 0; ``pred``: the token that wins the pair that the alignment branch predicts; ``true``: the one that
+    wins the labelled pair, an oracle; ``vac``: the condenser's vector.
+    """
+
+    gaps: dict[str, RelativeModalityGap]
+    counts: dict[str, float] = field(default_factory=lambda: {"images": 0, "pred": 0, "true": 0, "strong": 0})
+
+    def update(self, tokens: Tensor, features: Tensor | None, predicted: Tensor, true: Tensor, texts: Tensor) -> None:
+        tokens = F.normalize(tokens.float(), dim=-1)
+        vectors = {"cls": tokens[:, 0]}
+        for name, columns in (("pred", predicted), ("true", true)):
+            _, winner = maxsim(tokens, texts[columns][:, None], return_index=True)
+            vectors[name] = tokens.gather(1, winner[:, :, None].expand(-1, -1, tokens.shape[2]))[:, 0]
+            self.counts[name] += int((winner > 0).sum())
+        if features is not None:
+            vectors["vac"] = features
+        for name, images in vectors.items():
+            self.gaps[name].update(images.cpu(), true.cpu())
+        cosines = (tokens[:, 1:] @ texts[predicted][:, :, None]).squeeze(2)  # [batch, patches]
+        middle = (cosines.amax(dim=1, keepdim=True) + cosines.amin(dim=1, keepdim=True)) / 2
+        self.counts["strong"] += float((cosines > middle).float().mean(dim=1).sum())
+        self.counts["images"] += len(tokens)
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        shares = {name: count / self.counts["images"] for name, count in self.counts.items() if name != "images"}
+        return {
+            "relative_modality_gap": {name: gap.compute().item() for name, gap in self.gaps.items()},
+            "winners_that_are_patches": {name: shares[name] for name in ("pred", "true")},
+            "patches_above_the_middle": {"pred": shares["strong"]},
+        }
+
+
+class Evaluation(lightning.LightningModule):
+    """Scores a split by every readout; run it by ``trainer.test(evaluation)``, then read :attr:`results`.
+
+    Args:
+        sac: The model, in eval mode; its own bank and weights of fusion are not used.
+        dataset: Its training images fill the banks.
+        options: Batch size, and how banks are made.
+        readouts: By name.
+        split: ``"val"`` or ``"test"``.
+        worlds: Label spaces.
+    """
+
+    def __init__(
+        self,
+        sac: SAC,
+        dataset: CompositionDataset,
+        options: SACOptions,
+        readouts: dict[str, Readout],
+        *,
+        split: str = "test",
+        worlds: tuple[World, ...] = WORLDS,
+    ) -> None:
+        super().__init__()
+        self.sac, self.dataset, self.options, self.readouts, self.split = sac.eval(), dataset, options, readouts, split
+        self.plans = sorted({readout.bank for readout in readouts.values() if readout.bank is not None})
+        space = dataset.space
+        every: dict[World, CompositionSpace] = {"closed": space, "open": space.open_world()}
+        self.spaces = {world: every[world] for world in worlds}
+        self.columns = {world: every[world].index(space.pairs) for world in worlds}
+        self.results: dict[str, dict[World, dict[str, CZSLResult]]] = {}
+        self.gap: dict[str, dict[str, float]] = {}
+        self._texts: dict[World, SpaceTexts] = {}
+        self._filled: dict[tuple[World, int], DynamicMemoryBank] = {}
+        self._banks: dict[tuple[World, BankPlan], DynamicMemoryBank] = {}
+        self._scores: dict[tuple[str, World, str], CZSLScore] = {}
+        self._gap: GapReadouts | None = None
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        splits = ["train", self.split] if self.plans else [self.split]
+        transform = self.sac.encoder.transform()
+        return [eval_loader(self.dataset.images(split, transform), self.options) for split in splits]
+
+    def on_test_epoch_start(self) -> None:
+        with torch.no_grad():
+            self._texts = {world: self.sac.texts(space) for world, space in self.spaces.items()}
+        slots = {plan.slots for plan in self.plans}
+        self._filled = {
+            (world, count): self._new_bank(space, count) for world, space in self.spaces.items() for count in slots
+        }
+        self._banks = {}
+        masks = {"closed": self.dataset.eval_mask(self.split), "open": None}
+        # Every process evaluates all images, in file order: there is nothing to gather.
+        self._scores = {
+            (name, world, protocol): CZSLScore(space, eval_mask=masks[world], protocol=protocol, sync_on_compute=False)
+            for name in self.readouts
+            for world, space in self.spaces.items()
+            for protocol in PROTOCOLS
+        }
+        if "closed" in self._texts:
+            names = ["cls", "pred", "true"] if self.sac.condenser is None else ["cls", "pred", "true", "vac"]
+            pairs = self._texts["closed"].features.pairs.float().cpu()
+            self._gap = GapReadouts({name: RelativeModalityGap(pairs, sync_on_compute=False) for name in names})
+
+    def _new_bank(self, space: CompositionSpace, slots: int) -> DynamicMemoryBank:
+        return new_bank(space, self.sac.encoder.dim, self.sac, self.options, slots=slots).to(self.device)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        images, columns = batch
+        tokens = self.sac.encoder.encode_tokens(images)
+        features = None if self.sac.condenser is None else self.sac.condenser(tokens)
+        if features is not None and self.plans and dataloader_idx == 0:
+            self._fill(features, columns)
+            return
+        if batch_idx == 0:
+            self._start_banks()
+        for world in self._texts:
+            self._predict(world, tokens, features, columns)
+
+    def _fill(self, features: Tensor, columns: Tensor) -> None:
+        for world, texts in self._texts.items():
+            probs = self.sac.classify(features, texts).pairs.softmax(dim=1)
+            labels = self.columns[world].to(columns.device)[columns] if self.options.bank_labels else None
+            for (other, _), bank in self._filled.items():
+                if other == world:
+                    bank.update(features, probs, pair_index=labels)
+
+    def _start_banks(self) -> None:
+        for world, texts in self._texts.items():
+            unseen = (~texts.space.seen_mask).nonzero().squeeze(1).to(self.device)
+            for plan in self.plans:
+                bank = deepcopy(self._filled[world, plan.slots])
+                if plan.texts:
+                    bank.fill_texts(texts.features.pairs[unseen], unseen)
+                self._banks[world, plan] = bank
+
+    def _predict(self, world: World, tokens: Tensor, features: Tensor | None, columns: Tensor) -> None:
+        sac, texts = self.sac, self._texts[world]
+        aligned = sac.pair_scores(sac.align(tokens, texts), texts.space)
+        scores = dict.fromkeys(self.readouts, aligned)
+        if features is not None:
+            scores = self._fused(world, aligned, features)
+        target = self.columns[world][columns.cpu()]
+        for name, rows in scores.items():
+            for protocol in PROTOCOLS:
+                self._scores[name, world, protocol].update(rows.cpu(), target)
+        if world == "closed" and self._gap is not None:
+            candidates = aligned.masked_fill(~self.dataset.eval_mask(self.split).to(aligned.device), -torch.inf)
+            self._gap.update(tokens, features, candidates.argmax(dim=1), columns, texts.features.pairs)
+
+    def _fused(self, world: World, aligned: Tensor, features: Tensor) -> dict[str, Tensor]:
+        """Scores by every readout; then the banks that adapt see the batch."""
+        sac, texts = self.sac, self._texts[world]
+        logits = sac.classify(features, texts)
+        condensed = sac.pair_scores(logits, texts.space)
+        banks = {plan: self._banks[world, plan] for plan in self.plans}
+        memories = {plan: sac.bank_scores(bank(features)) for plan, bank in banks.items()}
+        scores = {}
+        for name, readout in self.readouts.items():
+            memory = None if readout.bank is None else memories[readout.bank]
+            scores[name] = fuse(aligned, condensed, memory, beta=readout.beta, gamma=readout.gamma)
+        for plan, bank in banks.items():
+            if plan.updates:
+                bank.update(features, logits.pairs.softmax(dim=1))
+        return scores
+
+    def on_test_epoch_end(self) -> None:
+        self.results = {
+            name: {
+                world: {protocol: self._scores[name, world, protocol].compute() for protocol in PROTOCOLS}
+                for world in self._texts
+            }
+            for name in self.readouts
+        }
+        self.gap = {} if self._gap is None else self._gap.as_dict()
+
+    def filled_bank(self, world: World, slots: int) -> DynamicMemoryBank:
+        """The bank as the training images left it."""
+        return self._filled[world, slots]
+
+
+def new_bank(
+    space: CompositionSpace, dim: int, sac: SAC, options: SACOptions, *, slots: int | None = None
+) -> DynamicMemoryBank:
+    """An empty bank over a label space."""
+    return DynamicMemoryBank(
+        len(space),
+        dim,
+        slots=options.slots if slots is None else slots,
+        temperature=options.bank_temperature,
+        logit_scale=sac.condensed_head.logit_scale,
+        empty=options.bank_empty,
+        normalize=options.bank_normalize,
+    )
