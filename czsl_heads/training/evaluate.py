@@ -63,14 +63,17 @@ class GapReadouts:
     """
 
     gaps: dict[str, RelativeModalityGap]
+    include_cls: bool = True
     counts: dict[str, float] = field(default_factory=lambda: {"images": 0, "pred": 0, "true": 0, "strong": 0})
 
     def update(self, tokens: Tensor, features: Tensor | None, predicted: Tensor, true: Tensor, texts: Tensor) -> None:
         tokens = F.normalize(tokens.float(), dim=-1)
         vectors = {"cls": tokens[:, 0]}
+        first = 0 if self.include_cls else 1
         for name, columns in (("pred", predicted), ("true", true)):
-            _, winner = maxsim(tokens, texts[columns][:, None], return_index=True)
-            vectors[name] = tokens.gather(1, winner[:, :, None].expand(-1, -1, tokens.shape[2]))[:, 0]
+            _, winner = maxsim(tokens[:, first:], texts[columns][:, None], return_index=True)
+            winner = winner[:, 0] + first
+            vectors[name] = tokens[torch.arange(len(tokens), device=tokens.device), winner]
             self.counts[name] += int((winner > 0).sum())
         if features is not None:
             vectors["vac"] = features
@@ -151,7 +154,8 @@ class Evaluation(lightning.LightningModule):
         if "closed" in self._texts:
             names = ["cls", "pred", "true"] if self.sac.condenser is None else ["cls", "pred", "true", "vac"]
             pairs = self._texts["closed"].features.pairs.float().cpu()
-            self._gap = GapReadouts({name: RelativeModalityGap(pairs, sync_on_compute=False) for name in names})
+            gaps = {name: RelativeModalityGap(pairs, sync_on_compute=False) for name in names}
+            self._gap = GapReadouts(gaps, include_cls=getattr(self.sac.head, "include_cls", True))
 
     def _new_bank(self, space: CompositionSpace, slots: int) -> DynamicMemoryBank:
         return new_bank(space, self.sac.encoder.dim, self.sac, self.options, slots=slots).to(self.device)

@@ -48,7 +48,7 @@ entries_of_few_entropies = st.lists(st.tuples(st.integers(0, 4), st.sampled_from
 
 
 @given(entries=entries_of_few_entropies, slots=st.integers(1, 5))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_best_are_those_that_insertions_one_at_a_time_leave(entries, slots):
     pair_index, entropy = tensors_of(entries)
     kept = merge_best(pair_index, entropy, num_pairs=4, slots=slots)  # pair 4 is the mark of what never stays
@@ -61,7 +61,7 @@ def tensors_of(entries):
 
 
 @given(entries=entries_of_few_entropies, cut=st.integers(0, 40), slots=st.integers(1, 5))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_best_of_what_stayed_and_the_rest_are_the_best_of_all(entries, cut, slots):
     pair_index, entropy = tensors_of(entries)
     first = merge_best(pair_index[:cut], entropy[:cut], num_pairs=4, slots=slots)
@@ -71,7 +71,7 @@ def test_best_of_what_stayed_and_the_rest_are_the_best_of_all(entries, cut, slot
 
 
 @given(entries=st.lists(st.tuples(st.integers(0, 4), st.floats(0, 3)), max_size=40), seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=30)
 def test_order_of_arrival_does_not_matter_to_different_entropies(entries, seed):
     pair_index, entropy = tensors_of(entries)
     assume(len(entropy.unique()) == len(entropy))
@@ -81,7 +81,7 @@ def test_order_of_arrival_does_not_matter_to_different_entropies(entries, seed):
 
 
 @given(pairs=st.lists(st.integers(0, 3), max_size=30))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=30)
 def test_ranks_and_counts_are_counted(pairs):
     pair_index = torch.tensor(pairs, dtype=torch.long)
     assert arrival_ranks(pair_index).tolist() == [pairs[:i].count(pair) for i, pair in enumerate(pairs)]
@@ -174,7 +174,7 @@ def test_wrong_rows_are_told(name, function):
     seed=st.integers(0, 2**31),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_retrieval_equals_its_formula(sizes, batch, blocks, temperature, mode, seed, data):
     num_pairs, slots, dim = sizes
     sources, rows = draw_entries(num_pairs, slots, dim, blocks=blocks, seed=seed)
@@ -277,7 +277,7 @@ def test_hot_retrieval_is_the_mean():
 
 
 @given(seed=st.integers(0, 2**31), mode=st.sampled_from(MODES), temperature=st.sampled_from([0.001, 0.1, 10.0]))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=30)
 def test_scores_lie_between_those_of_the_entries(seed, mode, temperature):
     [(vectors, pair_index)], _ = draw_entries(blocks=1, seed=seed)
     features = draw_features(seed=seed)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from czsl_heads.functional import combine
+from czsl_heads.functional import combine, fuse
 
 
 def draw(batch=2, pairs=7, attrs=3, objs=5, *, dtype=torch.float32, seed=0):
@@ -69,3 +69,57 @@ def test_wrong_arguments_are_told(position, wrong, error, message):
     arguments[position] = wrong
     with pytest.raises(error, match=message):
         combine(*arguments)
+
+
+def branches(dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(3, 7, generator=generator, dtype=dtype) for _ in range(3)]
+
+
+@given(beta=st.floats(0, 1), gamma=st.floats(0, 3), seed=st.integers(0, 2**31))
+@settings(deadline=None, max_examples=30)
+def test_fuse_equals_a_loop(beta, gamma, seed):
+    sa, vac, bank = branches(seed=seed)
+    fused = fuse(sa, vac, bank, beta=beta, gamma=gamma)
+    for b in range(3):
+        for p in range(7):
+            expected = beta * sa[b, p] + (1 - beta) * (vac[b, p] + gamma * bank[b, p])
+            assert fused[b, p].item() == pytest.approx(expected.item(), abs=1e-12)
+
+
+def test_weights_at_their_ends_leave_one_branch():
+    sa, vac, bank = branches()
+    assert torch.equal(fuse(sa, vac, bank, beta=1, gamma=0.7), sa)
+    assert torch.equal(fuse(sa, vac, None, beta=0, gamma=0), vac)
+
+
+def test_a_bank_without_weight_has_no_say_whatever_it_holds():
+    sa, vac, bank = branches()
+    bank[0, 0] = -torch.inf
+    assert torch.equal(fuse(sa, vac, bank, beta=0.3, gamma=0), fuse(sa, vac, None, beta=0.3, gamma=0))
+
+
+def test_fuse_has_right_gradients_and_leaves_its_inputs():
+    parts = [part.requires_grad_() for part in branches()]
+    before = [part.clone() for part in parts]
+    assert torch.autograd.gradcheck(lambda *args: fuse(*args, beta=0.3, gamma=0.5), parts)
+    assert all(torch.equal(part, copy) for part, copy in zip(parts, before))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"sa": torch.zeros(3, 6)}, ValueError, r"expected `vac` of shape \(batch, pairs\) with batch=3, pairs=6"),
+        ({"bank": torch.zeros(2, 7)}, ValueError, r"expected `bank` of shape \(batch, pairs\) .*got \(2, 7\)"),
+        ({"vac": [1.0]}, TypeError, "expected `vac` to be a torch.Tensor, got list"),
+        ({"bank": 0.5}, TypeError, "expected `bank` to be a torch.Tensor, got float"),
+        ({"bank": None}, ValueError, "expected `bank` with gamma above 0, got None with gamma=0.5"),
+        ({"beta": 1.5}, ValueError, r"expected `beta` to be in \[0, 1\], got 1.5"),
+        ({"gamma": -1.0}, ValueError, "expected `gamma` to be at least 0, got -1.0"),
+        ({"beta": "half"}, TypeError, "expected `beta` to be a number"),
+    ],
+)
+def test_wrong_arguments_of_fuse_are_told(changes, error, message):
+    names = dict(zip(("sa", "vac", "bank"), branches()))
+    with pytest.raises(error, match=message):
+        fuse(**{**names, "beta": 0.3, "gamma": 0.5, **changes})

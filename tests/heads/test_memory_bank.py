@@ -96,7 +96,7 @@ def cuts_of(data, length):
 @given(
     batch=st.integers(0, 40), slots=st.integers(1, 5), labels=st.booleans(), seed=st.integers(0, 2**31), data=st.data()
 )
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_bank_is_the_dense_one_of_insertions_one_at_a_time(batch, slots, labels, seed, data):
     features, probs = draw_ties(batch, seed)
     pair_index = torch.randint(0, PAIRS, (batch,), generator=seeded(seed + 3)) if labels else None
@@ -123,7 +123,7 @@ def test_bank_is_the_dense_one_of_insertions_one_at_a_time(batch, slots, labels,
 
 
 @given(batch=st.integers(0, 60), slots=st.integers(1, 7), seed=st.integers(0, 2**31), data=st.data())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_the_cut_into_batches_does_not_matter_to_the_last_bit(batch, slots, seed, data):
     features, probs = draw_ties(batch, seed)
     whole, parts = (DynamicMemoryBank(PAIRS, DIM, slots=slots) for _ in range(2))
@@ -134,7 +134,7 @@ def test_the_cut_into_batches_does_not_matter_to_the_last_bit(batch, slots, seed
 
 
 @given(batch=st.integers(0, 60), seed=st.integers(0, 2**31), data=st.data())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 def test_the_order_does_not_matter_where_entropies_differ(batch, seed, data):
     features, probs = draw(batch, seed=seed)
     assume(len(prediction_entropy(probs).unique()) == batch)
@@ -147,7 +147,7 @@ def test_the_order_does_not_matter_where_entropies_differ(batch, seed, data):
 
 
 @given(texts_at=st.integers(0, 3), seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=30)
 def test_it_does_not_matter_when_texts_come(texts_at, seed):
     features, probs = draw(30, seed=seed)
     banks = build(), build()

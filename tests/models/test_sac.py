@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from czsl_heads import SAC, CompositionSpace, SparseAlignHead, wrap
-from czsl_heads.functional import combine
+from czsl_heads import SAC, CompositionSpace, DynamicMemoryBank, SparseAlignHead, VACondenser, wrap
+from czsl_heads.functional import combine, distillation, fuse
 
 
 @pytest.fixture
@@ -85,9 +85,122 @@ def test_wrong_arguments_raise(space: CompositionSpace, images: torch.Tensor) ->
         SAC(wrap("tiny"), space, fusion="sum")
     sac = SAC(wrap("tiny"), space)
     out = sac(images, sac.texts(space))
-    with pytest.raises(ValueError, match="expected `stage` to be one of align"):
+    with pytest.raises(ValueError, match="expected `stage` to be one of align, condense, joint"):
         sac.losses(out, torch.arange(5), stage="all")
+    with pytest.raises(ValueError, match='expected `out` of a model with a condenser for stage "condense", got none'):
+        sac.losses(out, torch.zeros(5, dtype=torch.long), stage="condense")
+    with pytest.raises(ValueError, match="expected `out` in the label space of the bank, got no bank"):
+        sac.adapt(out)
+    with pytest.raises(ValueError, match="expected `bank` with a condenser"):
+        SAC(wrap("tiny"), space, bank=DynamicMemoryBank(len(space), 96))
+    for name, value in (("alpha", 1.1), ("beta", -0.1), ("gamma", -1.0)):
+        with pytest.raises(ValueError, match=f"expected `{name}` to be "):
+            SAC(wrap("tiny"), space, **{name: value})
+    with pytest.raises(ValueError, match="expected `direction` to be one of reverse, forward, got 'up'"):
+        SAC(wrap("tiny"), space, direction="up")
     with pytest.raises(ValueError, match="expected `pair_target` of shape"):
         sac.losses(out, torch.arange(4))
     with pytest.raises(TypeError, match=r"expected `pair_target` of dtype torch\.int64"):
         sac.losses(out, torch.rand(5))
+
+
+@pytest.fixture
+def whole(space: CompositionSpace) -> SAC:
+    """All branches, with a bank over the pairs of the space."""
+    torch.manual_seed(0)
+    encoder = wrap("tiny")
+    bank = DynamicMemoryBank(len(space), encoder.dim, slots=2, logit_scale=encoder.logit_scale)
+    return SAC(encoder, space, condenser=VACondenser(encoder.dim), bank=bank, beta=0.3, gamma=0.4, alpha=0.7).eval()
+
+
+def test_scores_are_eq_12(whole: SAC, space: CompositionSpace, images: torch.Tensor) -> None:
+    texts = whole.texts(space)
+    whole.adapt(whole(images, texts))
+    out = whole(images, texts)
+    torch.testing.assert_close(out.features, whole.condenser(out.tokens))
+    scale = whole.encoder.logit_scale
+    for logits, rows in zip(out.vac, texts.features):
+        torch.testing.assert_close(logits, scale * out.features @ rows.T, atol=1e-4, rtol=1e-5)
+    branches = [combine(*(part.softmax(1) for part in logits), space.pairs) for logits in (out.sa, out.vac)]
+    expected = fuse(*branches, out.bank.softmax(1), beta=0.3, gamma=0.4)
+    torch.testing.assert_close(out.scores, expected)
+    assert torch.equal(out.bank, whole.bank(out.features))
+
+
+def test_only_adapting_writes_the_bank(whole: SAC, space: CompositionSpace, images: torch.Tensor) -> None:
+    texts = whole.texts(space)
+    state = {name: tensor.clone() for name, tensor in whole.bank.state_dict().items()}
+    out = whole(images, texts)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in whole.bank.state_dict().items())
+    whole.adapt(out)
+    stored = whole.bank.counts
+    expected = out.vac.pairs.argmax(1).bincount(minlength=len(space)).clamp(max=2)
+    assert torch.equal(stored, expected)
+
+
+def test_the_bank_is_silent_in_another_label_space(whole: SAC, space: CompositionSpace, images: torch.Tensor) -> None:
+    train = space.subset(space.seen_mask)
+    out = whole(images, whole.texts(train))
+    assert out.bank is None
+    branches = [combine(*(part.softmax(1) for part in logits), train.pairs) for logits in (out.sa, out.vac)]
+    torch.testing.assert_close(out.scores, fuse(*branches, None, beta=0.3, gamma=0))
+    with pytest.raises(ValueError, match="expected `out` in the label space of the bank, got an output of another"):
+        whole.adapt(out)
+
+
+def test_a_bank_can_be_exchanged(whole: SAC, space: CompositionSpace, images: torch.Tensor) -> None:
+    world = space.open_world()
+    with pytest.raises(ValueError, match="expected `bank` over the 9 pairs of the space, got 5"):
+        whole.use_bank(whole.bank, world)
+    whole.use_bank(DynamicMemoryBank(len(world), 96), world)
+    assert whole(images, whole.texts(world)).bank.shape == (5, 9)
+    whole.use_bank(None, space)
+    assert whole(images, whole.texts(space)).bank is None
+
+
+def test_logits_want_a_bank_without_holes(whole: SAC, space: CompositionSpace, images: torch.Tensor) -> None:
+    parts = {"condenser": whole.condenser, "fusion": "logits", "beta": 0.3, "gamma": 0.4}
+    with pytest.raises(ValueError, match='expected `bank` with empty="zero" where logits are added, got "mask"'):
+        SAC(whole.encoder, space, bank=whole.bank, **parts)
+    sac = SAC(whole.encoder, space, bank=DynamicMemoryBank(len(space), 96, empty="zero"), **parts).eval()
+    texts = sac.texts(space)
+    sac.adapt(sac(images, texts))
+    out = sac(images, texts)
+    no_memory = fuse(sac.pair_scores(out.sa, space), sac.pair_scores(out.vac, space), None, beta=0.3, gamma=0)
+    torch.testing.assert_close(out.scores - no_memory, 0.7 * 0.4 * out.bank, atol=1e-4, rtol=1e-4)
+
+
+def test_the_condenser_learns_from_labels_and_from_the_alignment_branch(
+    whole: SAC, space: CompositionSpace, images: torch.Tensor
+) -> None:
+    train = space.subset(space.seen_mask)
+    out = whole(images, whole.texts(train))
+    target = torch.tensor([0, 1, 2, 1, 0])
+    losses = whole.losses(out, target, stage="condense")
+    attrs, objs = train.pairs[target].unbind(1)
+    own = sum(F.cross_entropy(*both) for both in zip(out.vac, (target, attrs, objs)))
+    taught = distillation(out.vac.pairs, out.sa.pairs)
+    torch.testing.assert_close(losses["loss"], 0.3 * own + 0.7 * taught)
+    joint = whole.losses(out, target, stage="joint")
+    torch.testing.assert_close(joint["loss"], losses["loss"] + whole.losses(out, target, stage="align")["loss"])
+
+
+def test_the_teacher_is_not_taught(whole: SAC, space: CompositionSpace, images: torch.Tensor) -> None:
+    whole.alpha = 1.0
+    texts = whole.texts(space.subset(space.seen_mask))
+    tokens = whole.encoder.encode_tokens(images).requires_grad_()
+    out = whole.compare(tokens, texts)
+    out.sa.pairs.retain_grad()
+    whole.losses(out, torch.arange(3).repeat(2)[:5], stage="condense")["loss"].backward()
+    assert out.sa.pairs.grad is None
+    assert all(parameter.grad is not None for parameter in whole.condenser.parameters())
+
+
+def test_known_alignment_logits_are_taken_as_they_are(
+    whole: SAC, space: CompositionSpace, images: torch.Tensor
+) -> None:
+    texts = whole.texts(space)
+    out = whole(images, texts)
+    again = whole.compare(out.tokens, texts, sa=out.sa)
+    assert again.sa is out.sa
+    assert torch.equal(again.scores, out.scores)

@@ -11,11 +11,12 @@ import torch
 from czsl_heads.data import DataError
 from czsl_heads.report.curves import plot_curves
 from czsl_heads.report.table import ablation_markdown
-from czsl_heads.training.ablate import RESULTS, SUMMARY, run_ablation
+from czsl_heads.training.ablate import RESULTS, run_ablation
 from czsl_heads.training.config import configure
 from czsl_heads.training.folder import open_folder
+from czsl_heads.training.summary import SUMMARY
 
-FAST = {"epochs": 1, "batch_size": 48, "lora_rank": 1}
+FAST = {"epochs": 1, "batch_size": 48, "lora_rank": 1, "condense_epochs": 1, "condense_augment": False, "slots": 2}
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 
 
@@ -30,7 +31,8 @@ def ablation(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> tup
 def test_results_hold_every_number_of_every_run(ablation: tuple[Path, dict]) -> None:
     out, results = ablation
     assert results == json.loads((out / RESULTS).read_text())
-    assert [row["name"] for row in results["rows"]] == ["[CLS] baseline", "+ Sparse Alignment"]
+    assert [row["number"] for row in results["rows"]] == ["1", "1+", "2", "2+", "3", "4", "5", "6"]
+    assert [row["number"] for row in results["rows"] if row["transductive"]] == ["6"]
     for row in results["rows"]:
         assert [run["seed"] for run in row["runs"]] == [0, 1]
         assert row["trainable_parameters"] > 0
@@ -45,12 +47,42 @@ def test_results_hold_every_number_of_every_run(ablation: tuple[Path, dict]) -> 
     assert results["data"]["images"] == {"train": 96, "val": 48, "test": 48}
 
 
-def test_rows_differ_in_the_reduction_only(ablation: tuple[Path, dict]) -> None:
+def test_rows_differ_in_one_thing_each(ablation: tuple[Path, dict]) -> None:
+    out, results = ablation
+    runs = {
+        name: json.loads((out / "seed0" / name / "run.json").read_text()) for name in ("cls", "max", "vac", "vac-kl")
+    }
+    assert [run["reduce"] for run in runs.values()] == ["cls", "max", "max", "max"]
+    assert [run["stage"] for run in runs.values()] == ["align", "align", "condense", "condense"]
+    assert runs["cls"]["options"] == runs["max"]["options"] == runs["vac-kl"]["options"]
+    assert runs["vac"]["options"] == {**runs["vac-kl"]["options"], "alpha": 0.0}
+    assert runs["cls"]["trainable_parameters"] == runs["max"]["trainable_parameters"]
+    assert runs["vac"]["trainable_parameters"] == runs["vac-kl"]["trainable_parameters"]
+    by_number = {row["number"]: row["runs"][0]["test"] for row in results["rows"]}
+    for number, readout in (("4", "fused"), ("5", "bank"), ("6", "adapted")):
+        assert by_number[number] == runs["vac-kl"]["budgets"]["best"]["test"][readout]
+    for number, name, budget in (("1", "cls", "best"), ("2+", "max", "longer")):
+        assert by_number[number] == runs[name]["budgets"][budget]["test"]["aligned"]
+
+
+def test_rows_are_compared_seed_by_seed(ablation: tuple[Path, dict]) -> None:
     _, results = ablation
-    first, second = (row["runs"][0] for row in results["rows"])
-    assert (first["reduce"], second["reduce"]) == ("cls", "max")
-    assert first["options"] == second["options"]
-    assert first["trainable_parameters"] == second["trainable_parameters"]
+    aucs = {row["number"]: [run["test"]["open"]["exact"]["auc"] for run in row["runs"]] for row in results["rows"]}
+    compared = {(item["row"], item["against"]): item["auc"]["open"]["exact"] for item in results["comparisons"]}
+    assert {("2", "1"), ("2+", "1+"), ("3", "2+"), ("4", "3"), ("5", "4"), ("6", "5")} <= compared.keys()
+    for (row, other), found in compared.items():
+        differences = [a - b for a, b in zip(aucs[row], aucs[other])]
+        assert found["mean"] == pytest.approx(statistics.fmean(differences))
+        # t(0.975, 1) = 12.7062
+        assert found["half_width"] == pytest.approx(12.7062 * statistics.stdev(differences) / 2**0.5, rel=1e-4)
+
+
+def test_the_gap_of_each_row_is_reported_by_readout(ablation: tuple[Path, dict]) -> None:
+    _, results = ablation
+    for row in results["rows"]:
+        condensed = row["number"] in "3456"
+        assert row["gap"].keys() == {"cls", "pred", "true", *(["vac"] if condensed else [])}
+        assert all(0 < spread["mean"] < 1 for spread in row["gap"].values())
 
 
 def test_calling_again_repeats_nothing(ablation: tuple[Path, dict], shapes_root: Path) -> None:
@@ -138,6 +170,7 @@ def test_a_truncated_image_is_found_before_anything_is_written(data: Path, tmp_p
         ({"encoder": "RN50"}, "expected a vision tower of kind VisionTransformer"),
         ({"options": {"lora_layers": 40}}, "expected `layers`"),
         ({"options": {"lora_matrices": ["z"]}}, "expected `matrices`"),
+        ({"options": {"condenser_dropout": 2}}, "expected `condenser_dropout`"),
         ({"trainer": {"foo": 3}}, "expected `trainer` to hold flags that lightning.Trainer takes"),
         ({"trainer": {"accelerator": "nope"}}, "expected `trainer` to hold flags that lightning.Trainer takes"),
     ],
@@ -176,6 +209,7 @@ def test_a_full_folder_is_refused(tmp_path: Path, shapes_root: Path) -> None:
         ({"data": "here", "imbalance": 0.5}, 'expected `imbalance` with data="shapes" only'),
         ({"imbalance": 2.0}, "expected `imbalance` to be in"),
         ({"preset": "nothing"}, "expected `preset` to be one of"),
+        ({"sweep": "beta,delta"}, "expected `sweep` to be one of alpha, beta, gamma, depth, slots, got 'delta'"),
         ({"options": {"lr": 1}}, "expected `options` to be one of"),
         ({"options": {"epochs": "many"}}, "expected `epochs`"),
         ({"options": {"epochs": None}}, "expected `epochs`"),

@@ -1,0 +1,216 @@
+"""An ablation as one HTML page that holds all of its pictures: it opens from disk and asks for nothing else."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from czsl_heads._checks import check_integer
+from czsl_heads.data.layout import CompositionDataset, DataError, Sample, open_image
+from czsl_heads.models.sac import SAC
+from czsl_heads.report.curves import plot_curves, plot_study
+from czsl_heads.report.findings import Finding, examine
+from czsl_heads.report.maps import centres_inside, crop_transform, points_inside
+from czsl_heads.report.overlay import Panel, cosine_panel, data_uri, panels, png_uri, share_panel
+from czsl_heads.report.scatter import plot_gap
+from czsl_heads.report.table import TRANSDUCTIVE, percent, tables
+
+WITHOUT_MASKS = 8  # this many times the images that are shown are looked at where no masks ask for all
+
+
+class Examined(NamedTuple):
+    """An image of the test split, what two models find in it, and which patches have their centre in its object."""
+
+    sample: Sample
+    finding: Finding
+    baseline: Finding
+    inside: Tensor | None
+
+    @property
+    def right(self) -> bool:
+        best = self.finding.predictions[0]
+        return (best.attribute, best.object) == (self.sample.attribute, self.sample.object)
+
+
+def ablation_page(
+    results: dict[str, Any],
+    dataset: CompositionDataset,
+    sac: SAC,
+    baseline: SAC,
+    *,
+    seed: int = 0,
+    images: int = 6,
+) -> str:
+    """The page, as HTML.
+
+    Args:
+        results: Of ``czsl ablate``.
+        dataset: That it was run on.
+        sac: The trained model with condenser and memory bank (row 5), in eval mode.
+        baseline: The trained [CLS] model (row 1), in eval mode.
+        seed: Of the two models; it also draws the sample of test images.
+        images: How many to show of a random sample, of those predicted right, and of those predicted wrong.
+
+    Raises:
+        TypeError, ValueError: ``images`` is no positive integer, the data set is not that of the models, or an image
+            or a mask is broken.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    check_integer("images", images, 1)
+    for model in (sac, baseline):
+        if model.bank_space != dataset.space:
+            raise DataError(f"{dataset.root}: expected the data set that the models were trained on, got another")
+    found = look_at(sac, baseline, dataset, _drawn(dataset, seed, images))
+    rest = found[images:]
+    groups = [
+        ("A random sample", found[:images]),
+        ("Predicted right", [image for image in rest if image.right][:images]),
+        ("Predicted wrong", [image for image in rest if not image.right][:images]),
+    ]
+    crop = crop_transform(sac.encoder)
+    every = tables(results)
+    main = len(every) - len(results["studies"])
+    pictured = [_plotted(plot_study, study) for study in results["studies"].values()]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files("czsl_heads.report") / "page.html").read_text(encoding="utf-8"))
+    return template.render(
+        results=results,
+        config=results["config"],
+        random_weights=results["config"]["encoder"] != "tiny" and ":" not in results["config"]["encoder"],
+        tables=every[:main],
+        studies=list(zip(every[main:], pictured)),
+        transductive={row["number"] for row in results["rows"] if row["transductive"]},
+        transductive_note=TRANSDUCTIVE,
+        curves=_plotted(plot_curves, results),
+        gaps=_plotted(plot_gap, results),
+        winners=[(row["number"], row["name"], *_winner_shares(row["runs"])) for row in results["rows"]],
+        seed=seed,
+        sac=sac,
+        looked_at=len(found),
+        accuracy=sum(image.right for image in found) / len(found),
+        pointing=pointing_scores(found),
+        masked=sum(image.inside is not None for image in found),
+        groups=[(title, [_card(image, crop) for image in group]) for title, group in groups],
+        uri=data_uri,
+    )
+
+
+def _drawn(dataset: CompositionDataset, seed: int, images: int) -> list[int]:
+    """Numbers of test images in a random order: of all where there are masks to point at, else of as many as needed."""
+    count = len(dataset.samples["test"])
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order if (dataset.root / "masks").is_dir() else order[: WITHOUT_MASKS * images]
+
+
+def look_at(
+    sac: SAC, baseline: SAC, dataset: CompositionDataset, numbers: list[int], *, batch_size: int = 64
+) -> list[Examined]:
+    """Examine test images, by their numbers, with two models; candidates are those of the closed world's test."""
+    with torch.no_grad():
+        texts = [model.texts(dataset.space) for model in (sac, baseline)]
+    candidates = dataset.eval_mask("test")
+    found = []
+    for start in range(0, len(numbers), batch_size):
+        samples = [dataset.samples["test"][number] for number in numbers[start : start + batch_size]]
+        target = torch.tensor([sample.column for sample in samples])
+        pictures = [open_image(sample.path) for sample in samples]
+        findings = [
+            examine(model, _batch(model, pictures), encoded, candidates=candidates, target=target)
+            for model, encoded in zip((sac, baseline), texts)
+        ]
+        inside = [_inside(sample, picture.size, dataset, sac) for sample, picture in zip(samples, pictures)]
+        found += [Examined(*parts) for parts in zip(samples, *findings, inside)]
+    return found
+
+
+def _batch(sac: SAC, pictures: list[Any]) -> Tensor:
+    transform = sac.encoder.transform()
+    return torch.stack([transform(picture) for picture in pictures]).to(sac.encoder.logit_scale.device)
+
+
+def _inside(sample: Sample, size: tuple[int, int], dataset: CompositionDataset, sac: SAC) -> Tensor | None:
+    """Which patches have their centre in the object, by the mask file of an image; None where there is none."""
+    from torchvision.transforms.functional import pil_to_tensor
+
+    path = dataset.root / "masks" / sample.path.relative_to(dataset.root / "images").with_suffix(".png")
+    if not path.exists():
+        return None
+    mask = open_image(path)
+    if mask.size != size:
+        raise DataError(f"{path}: expected a mask of the size of its image, {size}, got {mask.size}")
+    pixels = pil_to_tensor(crop_transform(sac.encoder, nearest=True)(mask.convert("L")))
+    return centres_inside(pixels > 127, sac.encoder.grid)[0]
+
+
+class Pointing(NamedTuple):
+    """The share of images in which something points at the object, and the standard error of that share."""
+
+    name: str
+    score: float
+    error: float | None
+
+
+_POINTERS = (
+    ("finding", "alignment", "row 4: cosine with the predicted pair"),
+    ("finding", "labelled", "row 4: cosine with the labelled pair (oracle: it knows the label)"),
+    ("finding", "condenser", "row 4: attention of the condenser (VAC)"),
+    ("finding", "attention", "row 4: attention of [CLS], last block"),
+    ("baseline", "alignment", "row 1: cosine with the predicted pair"),
+    ("baseline", "labelled", "row 1: cosine with the labelled pair (oracle)"),
+    ("baseline", "attention", "row 1: attention of [CLS], last block"),
+)
+
+
+def pointing_scores(found: list[Examined]) -> list[Pointing]:
+    """Pointing scores of all maps, and what blind pointing scores; of the images that have a mask."""
+    masked = [image for image in found if image.inside is not None]
+    if not masked:
+        return []
+    inside = torch.stack([image.inside for image in masked if image.inside is not None])
+    scores = []
+    for model, name, title in _POINTERS:
+        maps = [getattr(image, model).maps[name].patches for image in masked]
+        score = points_inside(torch.stack(maps), inside).float().mean().item()
+        scores.append(Pointing(title, score, (score * (1 - score) / len(masked)) ** 0.5))
+    fixed, chance = inside.float().mean(dim=0).max().item(), inside.float().mean().item()
+    scores.append(Pointing("always the same patch, the best one in hindsight", fixed, None))
+    return [*scores, Pointing("chance: a patch drawn at random", chance, None)]
+
+
+def _card(image: Examined, crop: Callable[[Any], Any]) -> tuple[Examined, list[Panel]]:
+    picture = crop(open_image(image.sample.path))
+    shown = panels(picture, image.finding.maps)
+    maps = image.baseline.maps
+    shown.append(cosine_panel("row 1: cosine with its predicted pair", picture, maps["alignment"]))
+    shown.append(share_panel("row 1: attention of [CLS], last block", picture, maps["attention"]))
+    return image, shown
+
+
+def _plotted(plot: Callable[[dict[str, Any], Path], None], content: dict[str, Any]) -> str:
+    """The address of a plot that only knows how to write files."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plot.png"
+        plot(content, path)
+        return png_uri(path.read_bytes())
+
+
+def _winner_shares(runs: list[dict[str, Any]]) -> list[str]:
+    """Shares in per cent: winners that are patches (predicted pair, labelled pair), and strongly active patches."""
+    gaps = [run["gap"] for run in runs]
+    columns = [
+        [gap["winners_that_are_patches"]["pred"] for gap in gaps],
+        [gap["winners_that_are_patches"]["true"] for gap in gaps],
+        [gap["patches_above_the_middle"]["pred"] for gap in gaps],
+    ]
+    return [
+        percent({"mean": statistics.fmean(shares), "std": statistics.stdev(shares) if len(shares) > 1 else None})
+        for shares in columns
+    ]

@@ -1,0 +1,41 @@
+"""The modality gap against what a model scores, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from czsl_heads._files import whole_file
+
+READOUTS = {
+    "cls": "cls: [CLS] stands for the image",
+    "pred": "pred: the token that wins the predicted pair",
+    "true": "true: the token that wins the labelled pair (oracle)",
+    "vac": "vac: the condenser's vector",
+}
+MARKERS = "osD^vPX*"
+
+
+def plot_gap(results: dict[str, Any], path: Path) -> None:
+    """Draw the AUC of every row and seed against its relative modality gap, a panel for each readout of the gap."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    for axis, (readout, title) in zip(figure.subplots(2, 2, sharey=True).flat, READOUTS.items()):
+        for color, row in enumerate(results["rows"]):
+            style = {"color": f"C{color}", "marker": MARKERS[color % len(MARKERS)], "alpha": 0.75}
+            axis.plot(*_points(row["runs"], readout), linestyle="", label=f"{row['number']}  {row['name']}", **style)
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel="relative modality gap", ylabel="AUC, closed world (%)")
+        axis.grid(alpha=0.3)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+
+
+def _points(runs: list[dict[str, Any]], readout: str) -> tuple[list[float], list[float]]:
+    """Gap and AUC in per cent of the runs that have both."""
+    gaps = [run["gap"]["relative_modality_gap"].get(readout) for run in runs]
+    areas = [run["test"]["closed"]["standard"]["auc"] for run in runs]
+    found = [(gap, 100 * area) for gap, area in zip(gaps, areas) if gap is not None and area is not None]
+    return [gap for gap, _ in found], [area for _, area in found]
