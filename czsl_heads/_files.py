@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# A list of numbers and nothing else, which indentation would give a line each: the points of a curve.
-_PLAIN_LIST = re.compile(r"\[[\s\d.,eE+-]+\]")
+# Lists of numbers, and lists of those (the points of a curve), which indentation would give a line each.
+_NUMBERS = r"\[[\s\d.,eE+-]+\]"
+_PLAIN_LIST = re.compile(rf"{_NUMBERS}|\[\s*{_NUMBERS}(,\s*{_NUMBERS})*\s*\]")
 
 
 @contextmanager
@@ -34,6 +35,8 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> Any:
     """Write ``content`` and return it as a reader will find it (tuples have become lists)."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    text = _PLAIN_LIST.sub(lambda found: " ".join(found[0].split()), text)
-    write_text(path, text + "\n")
-    return json.loads(text)
+    read = json.loads(text)
+    compact = _PLAIN_LIST.sub(lambda found: " ".join(found[0].split()), text)
+    # A string that looks like a list of numbers stays as it is.
+    write_text(path, (compact if json.loads(compact) == read else text) + "\n")
+    return read

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
+    from czsl_heads.data.layout import CompositionDataset
     from czsl_heads.models.sac import SAC
     from czsl_heads.report.findings import Finding
 
@@ -43,7 +44,8 @@ def check(root: Path) -> int:
 def ablate(out: Path, **arguments: Any) -> int:
     """Train and test the rows of the SAC paper's ablation, print the table and write it to a folder.
 
-    Writes results.json, ablation.md and curves.png. The same command on the same folder resumes what was interrupted.
+    Writes results.json, ablation.md, curves.png and a picture a study. The same command on the same folder resumes
+    what was interrupted.
 
     Args:
         out: Folder for the results: new, empty, or of an ablation with the same settings.
@@ -53,7 +55,7 @@ def ablate(out: Path, **arguments: Any) -> int:
         0.
     """
     from czsl_heads._files import write_text
-    from czsl_heads.report.curves import plot_curves
+    from czsl_heads.report.curves import plot_curves, plot_study
     from czsl_heads.report.table import ablation_markdown, print_ablation
     from czsl_heads.training.ablate import run_ablation
     from czsl_heads.training.config import configure
@@ -62,9 +64,38 @@ def ablate(out: Path, **arguments: Any) -> int:
     results = run_ablation(out, configure(**arguments))
     if is_main_process():
         plot_curves(results, out / "curves.png")
+        for name, study in results["studies"].items():
+            plot_study(study, out / f"study-{name}.png")
         write_text(out / "ablation.md", ablation_markdown(results))
         print_ablation(results)
         print(f"wrote results.json, ablation.md and curves.png to {out}")
+    return 0
+
+
+def tune(run: Path, seed: int | None = None) -> int:
+    """Pick beta and gamma of the fusion by the AUC on validation images, from one pass a seed.
+
+    Writes tune.json into the folder; the table of the ablation stays as it is.
+
+    Args:
+        run: Folder of a finished ablation.
+        seed: Which seed's model; default: the mean over all seeds.
+
+    Returns:
+        0.
+    """
+    from czsl_heads.training.tune import TUNED
+    from czsl_heads.training.tune import tune as tune_weights
+
+    results, _ = _finished(run, seed)
+    config = results["config"]
+    seeds = config["seeds"] if seed is None else [seed]
+    found = tune_weights(run, _dataset(run, config), seeds, config["trainer"])
+    for name in ("used", "best"):
+        point = found[name]
+        print(f"{name}: beta {point['beta']}, gamma {point['gamma']}, validation AUC {100 * point['auc']:.2f} %")
+    best = found["best"]
+    print(f"for a new ablation: --options.beta {best['beta']} --options.gamma {best['gamma']}; wrote {run / TUNED}")
     return 0
 
 
@@ -81,12 +112,10 @@ def report(run: Path, out: Path | None = None, seed: int | None = None, images: 
         0.
     """
     from czsl_heads._files import write_text
-    from czsl_heads.data.layout import read_dataset
     from czsl_heads.report.page import ablation_page
 
     results, seed = _finished(run, seed)
-    config = results["config"]
-    dataset = read_dataset(run / "shapes" if config["shapes"] else config["data"])
+    dataset = _dataset(run, results["config"])
     models = [_model(run, seed, folder) for folder in ("vac-kl", "cls")]
     page = ablation_page(results, dataset, *models, seed=seed, images=images)
     path = run / "report.html" if out is None else out
@@ -112,8 +141,8 @@ def predict(
         images: Image files.
         run: Folder of a finished ablation; the model of its row 5 predicts.
         seed: Which seed's model; default: the first.
-        world: Candidates: the pairs of the data set (closed), or all of attribute and object (open), where the memory
-            bank has no part.
+        world: Candidates: the pairs of the data set (closed), or every attribute with every object (open). The memory
+            bank is over the former, and has no part where the latter are more.
         top: How many pairs to print.
         out: Folder for the pictures.
 
@@ -134,7 +163,7 @@ def predict(
     sac = _model(run, seed, "vac-kl")
     with torch.no_grad():
         texts = sac.texts(sac.bank_space if world == "closed" else sac.bank_space.open_world())
-    if world == "open":
+    if texts.space != sac.bank_space:
         print("open world: the memory bank, which is over the pairs of the data set, has no part")
     transform, crop = sac.encoder.transform(), crop_transform(sac.encoder)
     for path, image, target in zip(images, opened, _map_paths(images, out)):
@@ -169,6 +198,13 @@ def _finished(run: Path, seed: int | None) -> tuple[dict[str, Any], int]:
     if seed is not None and seed not in seeds:
         raise ValueError(f"expected `seed` to be one of {', '.join(map(str, seeds))}, got {seed}")
     return results, seeds[0] if seed is None else seed
+
+
+def _dataset(run: Path, config: dict[str, Any]) -> CompositionDataset:
+    """The data set of an ablation."""
+    from czsl_heads.data.layout import read_dataset
+
+    return read_dataset(run / "shapes" if config["shapes"] else config["data"])
 
 
 def _model(run: Path, seed: int, folder: str) -> SAC:
@@ -213,6 +249,7 @@ _COMMANDS: dict[str, Callable[..., int]] = {
     "make-shapes": make_shapes,
     "check": check,
     "ablate": ablate,
+    "tune": tune,
     "report": report,
     "predict": predict,
 }
@@ -241,6 +278,9 @@ def _parser() -> ArgumentParser:
     ablating.add_argument("--quick", action="store_true", help="fewer images and epochs, to check that everything runs")
     ablating.add_argument("--config", action="config", help="YAML file with any of these arguments")
     commands.add_subcommand("ablate", ablating, help="reproduce the ablation table")
+    tuning = ArgumentParser(description="Pick beta and gamma of the fusion by the AUC on validation images.")
+    tuning.add_function_arguments(tune, as_positional=True)
+    commands.add_subcommand("tune", tuning, help="pick the weights of the fusion")
     reporting = ArgumentParser(description="Write a finished ablation as one HTML page that opens from disk.")
     reporting.add_function_arguments(report, as_positional=True)
     commands.add_subcommand("report", reporting, help="write an ablation as one HTML page")

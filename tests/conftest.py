@@ -65,6 +65,19 @@ def shapes_root(tmp_path_factory) -> Path:
     return make_shapes(root, train_per_pair=1, val_per_pair=1, test_per_pair=1)
 
 
+@pytest.fixture(scope="session")
+def small_ablation(tmp_path_factory, shapes_root) -> Path:
+    """The folder of a finished ablation of one seed and one epoch a stage, shared: no test may change it."""
+    from czsl_heads.training.ablate import run_ablation
+    from czsl_heads.training.config import configure
+
+    out = tmp_path_factory.mktemp("ablations") / "small"
+    short = {"epochs": 1, "batch_size": 48, "lora_rank": 1, "condense_epochs": 1, "condense_augment": False}
+    flags = {"accelerator": "cpu", "enable_progress_bar": False}
+    run_ablation(out, configure(data=str(shapes_root), options=short, trainer=flags))
+    return out
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)

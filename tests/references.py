@@ -241,3 +241,48 @@ def reference_retrieve(features, rows, *, temperature, empty, normalize):
             masked = empty == "mask" and some and all(vector is None for vector in row)
             scores[b, i] = -math.inf if masked else float(feature / feature.norm() @ prototypes[b, i])
     return scores
+
+
+def reference_alignment_map(tokens, texts, grid):
+    """Cosines with the text of each image, of the patches ``[batch, rows, columns]``, and the token of the highest."""
+    rows, columns = grid
+    cosines = torch.zeros(len(tokens), rows, columns)
+    winner = []
+    for b, (own, text) in enumerate(zip(tokens, texts)):
+        best = None
+        for index, token in enumerate(own):
+            cosine = float(token @ text / token.norm() / text.norm())
+            prefix = len(own) - rows * columns
+            if index >= prefix:
+                cosines[b, (index - prefix) // columns, (index - prefix) % columns] = cosine
+            if best is None or cosine > best[0]:
+                best = (cosine, index)
+        winner.append(best[1])
+    return cosines, torch.tensor(winner)
+
+
+def reference_cls_attention(hidden, weight, bias, num_heads):
+    """What token 0 reads of each token, mean over heads ``[batch, tokens]``, by the fused matrix of q, k and v."""
+    batch, tokens, dim = hidden.shape
+    size = dim // num_heads
+    shares = torch.zeros(batch, tokens)
+    for b in range(batch):
+        query, key, _ = (hidden[b] @ weight.T + bias).split(dim, dim=1)
+        for head in range(num_heads):
+            own = slice(head * size, (head + 1) * size)
+            exponents = [math.exp(float(query[0, own] @ key[token, own]) / math.sqrt(size)) for token in range(tokens)]
+            for token, exponent in enumerate(exponents):
+                shares[b, token] += exponent / sum(exponents) / num_heads
+    return shares
+
+
+def reference_pointing(maps, masks):
+    """How many of the maps have their highest patch centred in their mask."""
+    hits = 0
+    for patches, mask in zip(maps.tolist(), masks.tolist()):
+        best = max((value, -row, -column) for row, line in enumerate(patches) for column, value in enumerate(line))
+        row, column = -best[1], -best[2]
+        y = math.floor((row + 0.5) * len(mask) / len(patches))
+        x = math.floor((column + 0.5) * len(mask[0]) / len(patches[0]))
+        hits += mask[y][x]
+    return hits

@@ -31,3 +31,12 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_lists_of_numbers_take_a_line_and_strings_stay(tmp_path: Path) -> None:
+    curve = [[0.1, -2e-5], [3, 4.5]]
+    write_json(tmp_path / "a.json", {"curve": curve, "name": "b", "none": [1, None]})
+    text = (tmp_path / "a.json").read_text()
+    assert '"curve": [ [ 0.1, -2e-05 ], [ 3, 4.5 ] ]' in text
+    odd = {"name": "[1,  2]", "curve": curve}
+    assert write_json(tmp_path / "b.json", odd) == odd == json.loads((tmp_path / "b.json").read_text())

@@ -273,10 +273,11 @@ class LoRAAttention(_Mergeable):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
         mixed = mixed.transpose(1, 2).flatten(2)
         out = self._add("o", mixed, self.out_proj(mixed))
-        weights = _attention_weights(q, k, attn_mask) if need_weights else None
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(dim=1)
-        return (out if self.batch_first else out.transpose(0, 1)), weights
+        out = out if self.batch_first else out.transpose(0, 1)
+        if not need_weights:
+            return out, None
+        shares = _attention_weights(q, k, attn_mask)
+        return out, shares.mean(dim=1) if average_attn_weights else shares
 
     def _bias_chunks(self) -> tuple[Tensor | None, ...]:
         return (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)

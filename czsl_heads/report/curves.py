@@ -19,7 +19,7 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
     for axis, world in zip(axes, ("closed", "open")):
         for color, row in enumerate(_drawn(results)):
             auc = percent(row["summary"][world]["exact"]["auc"])
-            label = f"{row['number']}  {row['name']}: AUC {auc}"
+            label = f"row {row['number']}: {auc}"
             for number, run in enumerate(row["runs"]):
                 curves = {name: _points(run["test"][world][name]["curve"]) for name in ("exact", "standard")}
                 alpha = 0.9 if len(row["runs"]) == 1 else 0.55
@@ -29,7 +29,7 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
         axis.set_xlim(0, max(1.0, axis.get_xlim()[1]))
         axis.set_ylim(0, max(1.0, axis.get_ylim()[1]))
         axis.grid(alpha=0.3)
-        axis.legend(loc="lower left", frameon=False)
+        axis.legend(loc="lower left", frameon=False, title="exact AUC, %")
     axes[0].set_ylabel("accuracy on seen pairs (%)")
     figure.suptitle("Bias sweep: exact curves, and the points of the standard protocol")
     with whole_file(path) as temporary:

@@ -38,13 +38,13 @@ def enlarge(image: Image) -> Image:
 def overlay(image: Image, patches: Tensor) -> Image:
     """An image in grey under the patches ``[rows, columns]`` of a map, dark (lowest) to bright yellow (highest)."""
     from matplotlib import colormaps
-    from PIL import Image as images
+    from PIL.Image import blend, fromarray
 
     low, high = patches.min(), patches.max()
     heat = (patches - low) / (high - low).clamp_min(torch.finfo(patches.dtype).tiny)
-    colors = images.fromarray(colormaps["viridis"](heat.numpy(), bytes=True)[..., :3], "RGB")
+    colors = fromarray(colormaps["viridis"](heat.numpy(), bytes=True)[..., :3], "RGB")
     grey = enlarge(image).convert("L").convert("RGB")
-    return images.blend(grey, colors.resize(grey.size, 0), HEAT)
+    return blend(grey, colors.resize(grey.size, 0), HEAT)
 
 
 def mark_winner(picture: Image, found: TokenMap) -> Image:

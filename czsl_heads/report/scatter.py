@@ -27,6 +27,7 @@ def plot_gap(results: dict[str, Any], path: Path) -> None:
             axis.plot(*_points(row["runs"], readout), linestyle="", label=f"{row['number']}  {row['name']}", **style)
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="relative modality gap", ylabel="AUC, closed world (%)")
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     with whole_file(path) as temporary:

@@ -129,6 +129,7 @@ class Evaluation(lightning.LightningModule):
         self._banks: dict[tuple[World, BankPlan], DynamicMemoryBank] = {}
         self._scores: dict[tuple[str, World, str], CZSLScore] = {}
         self._gap: GapReadouts | None = None
+        self._candidates = dataset.eval_mask(split)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         splits = ["train", self.split] if self.plans else [self.split]
@@ -143,7 +144,7 @@ class Evaluation(lightning.LightningModule):
             (world, count): self._new_bank(space, count) for world, space in self.spaces.items() for count in slots
         }
         self._banks = {}
-        masks = {"closed": self.dataset.eval_mask(self.split), "open": None}
+        masks = {"closed": self._candidates, "open": None}
         # Every process evaluates all images, in file order: there is nothing to gather.
         self._scores = {
             (name, world, protocol): CZSLScore(space, eval_mask=masks[world], protocol=protocol, sync_on_compute=False)
@@ -200,7 +201,7 @@ class Evaluation(lightning.LightningModule):
             for protocol in PROTOCOLS:
                 self._scores[name, world, protocol].update(rows.cpu(), target)
         if world == "closed" and self._gap is not None:
-            candidates = aligned.masked_fill(~self.dataset.eval_mask(self.split).to(aligned.device), -torch.inf)
+            candidates = aligned.masked_fill(~self._candidates.to(aligned.device), -torch.inf)
             self._gap.update(tokens, features, candidates.argmax(dim=1), columns, texts.features.pairs)
 
     def _fused(self, world: World, aligned: Tensor, features: Tensor) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ def aligned(
     tmp_path_factory: pytest.TempPathFactory, dataset: CompositionDataset, options: SACOptions, flags: dict
 ) -> Path:
     """A finished run of stage I, with a longer budget beside the best; shared: no test may change it."""
-    folder = tmp_path_factory.mktemp("runs") / "max"
+    folder = tmp_path_factory.mktemp("run") / "seed0" / "max"
     train_model(folder, dataset, options, {"aligned": Readout()}, extra_epochs=1, trainer=flags)
     return folder
 

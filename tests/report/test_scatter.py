@@ -1,0 +1,45 @@
+"""Every run that has a gap and an AUC is a point; what does not exist is left out."""
+
+import copy
+
+import numpy as np
+from PIL import Image
+
+from czsl_heads.report.scatter import READOUTS, plot_gap
+
+
+def run(gaps, auc):
+    test = {"closed": {"standard": {"auc": auc}}}
+    return {"gap": {"relative_modality_gap": gaps}, "test": test}
+
+
+def rows():
+    gaps = {"cls": 0.3, "pred": 0.4, "true": 0.2}
+    plain = {"number": "1", "name": "first", "runs": [run(gaps, 0.5), run({**gaps, "cls": 0.35}, 0.6)]}
+    condensed = {"number": "2", "name": "second", "runs": [run({**gaps, "vac": 0.5}, 0.55)]}
+    return [plain, condensed]
+
+
+def colored(path):
+    """How many pixels are neither grey nor text: those of the points."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    return int((pixels.max(axis=2) - pixels.min(axis=2) > 60).sum())
+
+
+def test_each_readout_has_a_panel():
+    assert set(READOUTS) == {"cls", "pred", "true", "vac"}
+
+
+def test_points_are_drawn_and_missing_numbers_are_not(tmp_path):
+    full, fewer, empty = rows(), rows(), rows()
+    fewer[0]["runs"][1]["test"]["closed"]["standard"]["auc"] = None
+    for row in empty:
+        row["runs"] = []
+    for name, content in (("full", full), ("fewer", fewer), ("empty", empty)):
+        before = copy.deepcopy(content)
+        plot_gap({"rows": content}, tmp_path / f"{name}.png")
+        assert content == before
+    counts = [colored(tmp_path / f"{name}.png") for name in ("full", "fewer", "empty")]
+    assert counts[0] > counts[1] > counts[2] > 0  # the last are the marks of the legend
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.png", "fewer.png", "full.png"]
