@@ -217,7 +217,7 @@ def _model(run: Path, seed: int, folder: str) -> SAC:
     try:
         sac = load_run(path)
     except FileNotFoundError as error:
-        raise ValueError(f"expected a trained model in {path}, got none ({error.filename} is missing)") from error
+        raise ValueError(f"expected a trained model in {path}, got none ({error})") from error
     return sac.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

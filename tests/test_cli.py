@@ -1,6 +1,7 @@
 """The `czsl` command as a user runs it: in a process of its own, in a clean folder."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from czsl_heads.cli import main
 
@@ -51,6 +53,11 @@ def test_make_shapes_writes_a_data_set_that_check_accepts(tmp_path: Path) -> Non
         (["ablate", "--out", "o", "--trainer.accelerator=nope"], 1, "expected `trainer` to hold flags"),
         (["ablate", "--out", "file/o", "--quick"], 1, "expected `out` to be a folder that can be written, got file/o"),
         (["make-shapes", "--out", "file/w"], 1, "expected `out` to be a folder that can be written, got file/w"),
+        (["report", "nowhere"], 1, "expected `run` to be a folder that czsl ablate wrote, got nowhere, which has no"),
+        (["predict", "file", "--run", "nowhere"], 1, "file: expected an image, got a file of another kind"),
+        (["predict", "none.png", "--run", "nowhere"], 1, "none.png: expected an image file, got none"),
+        (["predict", "--run", "nowhere"], 2, "arguments are required: predict.images"),
+        (["predict", "file", "--run", "nowhere", "--world", "half"], 2, "world"),
         (["ablate"], 2, "arguments are required: ablate.out"),
         (["train"], 2, "invalid choice"),
         (["ablate", "--out", "o", "--seeds", "many"], 2, "seeds"),
@@ -107,6 +114,128 @@ def test_an_interrupted_ablation_is_resumed_by_the_same_command(tmp_path: Path, 
     assert resumed.returncode == 0, resumed.stderr
     results = [json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole", "cut")]
     assert results[0]["rows"] == results[1]["rows"]
+
+
+@pytest.fixture
+def photos(shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Three images in the current folder, two of them of one stem, and one named as the maps of another would be."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    names = ["one.png", "one-maps.png", "other/one.png"]
+    for name, path in zip(names, sorted((shapes_root / "images").glob("*/test_*.png"))):
+        shutil.copy(path, tmp_path / name)
+    return names
+
+
+def test_predict_names_the_pairs_and_saves_the_maps(
+    photos: list[str], small_ablation: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = {name: (tmp_path / name).read_bytes() for name in photos}
+    assert main(["predict", *photos, "--run", str(small_ablation), "--top", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("│") == 3 * 3 * 6  # three images, three pairs: a name and four numbers, six lines between
+    assert "bank" in shown
+    assert "has no part" not in shown
+    for photo, maps in zip(photos, ("one-2-maps.png", "one-maps-maps.png", "one-3-maps.png")):
+        assert f"wrote {maps}" in shown
+        assert photo in shown
+        with Image.open(tmp_path / maps) as picture:
+            assert picture.width > 4 * 192
+    assert {name: (tmp_path / name).read_bytes() for name in photos} == before
+    assert len([*tmp_path.rglob("*.png")]) == 6
+
+
+def test_one_broken_image_stops_predict_before_anything_is_written(
+    photos: list[str], small_ablation: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    whole = (tmp_path / "one.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    assert main(["predict", "one.png", "cut.png", "--run", str(small_ablation), "--out", "new"]) == 1
+    captured = capsys.readouterr()
+    assert "cut.png: expected a whole image, got one that cannot be decoded" in captured.err
+    assert captured.out == ""
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def smaller_world(small_ablation: Path, tmp_path: Path) -> Path:
+    """The same ablation as if its data set had fewer pairs, so that the open world has more."""
+    run = tmp_path / "run"
+    shutil.copytree(small_ablation, run, ignore=shutil.ignore_patterns("checkpoints", "logs", "tensorboard"))
+    path = run / "seed0" / "vac-kl" / "run.json"
+    record = json.loads(path.read_text())
+    for name in ("pairs", "seen"):
+        del record["space"][name][-1]
+    path.write_text(json.dumps(record))
+    (path.parent / "bank.safetensors").unlink()
+    return run
+
+
+def test_the_bank_has_no_part_in_a_larger_world(
+    photos: list[str], smaller_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    command = ["predict", "other/one.png", "--run", str(smaller_world), "--out", "maps"]
+    assert main([*command, "--top", "999", "--world", "open"]) == 0
+    shown = capsys.readouterr().out
+    assert "open world: the memory bank, which is over the pairs of the data set, has no part" in shown
+    assert shown.count("│") == 144 * 6
+    assert shown.count(" - │") == 144
+    assert [path.name for path in (tmp_path / "maps").iterdir()] == ["one-maps.png"]
+
+
+def test_report_writes_one_page(
+    small_ablation: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_ablation, run, ignore=shutil.ignore_patterns("checkpoints", "logs", "tensorboard"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["report", str(run), "--images", "1"]) == 0
+    assert capsys.readouterr().out == f"wrote {run / 'report.html'}\n"
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count("<article") == 3
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path for path in run.rglob("*") if path.is_file()} == before.keys() | {run / "report.html"}
+
+    (tmp_path / "file").write_text("in the way")
+    assert main(["report", str(run), "--images", "1", "--out", str(tmp_path / "file" / "page.html")]) == 1
+    assert "expected `out` to be a file that can be written, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda run: (run / "results.json").unlink(),
+            "which has no results.json; its czsl ablate command, given again",
+        ),
+        (lambda run: (run / "config.json").unlink(), "which has no config.json"),
+        (
+            lambda run: (run / "results.json").write_text('{"rows": []}'),
+            "of this version of czsl, got one without config",
+        ),
+        (lambda run: shutil.rmtree(run / "seed0" / "vac-kl"), "expected a trained model in"),
+        (lambda run: (run / "seed0" / "vac-kl" / "weights.safetensors").unlink(), "weights.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("command", ["report", "predict"])
+def test_a_folder_without_a_finished_ablation_is_refused(
+    photos: list[str], small_ablation: Path, tmp_path: Path, command: str, spoil, message: str, capsys
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_ablation, run, ignore=shutil.ignore_patterns("checkpoints", "logs", "tensorboard"))
+    spoil(run)
+    before = sorted(tmp_path.rglob("*"))
+    assert main([command, str(run)] if command == "report" else [command, "one.png", "--run", str(run)]) == 1
+    complaint = capsys.readouterr().err
+    assert complaint.startswith(f"czsl {command}: expected ")
+    assert message in complaint
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_seed_that_was_not_run_is_refused(small_ablation: Path, photos: list[str], capsys) -> None:
+    for command in (["report", str(small_ablation)], ["predict", "one.png", "--run", str(small_ablation)]):
+        assert main([*command, "--seed", "7"]) == 1
+        assert "expected `seed` to be one of 0, got 7" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

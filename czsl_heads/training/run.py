@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from czsl_heads._files import whole_file, write_json
@@ -276,7 +277,10 @@ def load_weights(sac: SAC, path: Path, *, partial: bool = False) -> None:
     Raises:
         ValueError: The file has other names or shapes than the model.
     """
-    found = load_file(path)
+    try:
+        found = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"expected weights of a run in {path}, got a damaged file ({error})") from error
     wanted = {name: sac.get_parameter(name).shape for name in _learned(sac)}
     if partial:
         wanted = {name: shape for name, shape in wanted.items() if name in found}

@@ -38,7 +38,9 @@ def patches_of(picture):
     return pixels[height // 4 :: height // 2, width // 6 :: width // 3][:2, :3]
 
 
-@pytest.mark.parametrize(("size", "expected"), [((48, 48), (192, 192)), ((48, 32), (288, 192)), ((224, 300), (224, 300))])
+@pytest.mark.parametrize(
+    ("size", "expected"), [((48, 48), (192, 192)), ((48, 32), (288, 192)), ((224, 300), (224, 300))]
+)
 def test_small_images_grow_by_whole_multiples(size, expected):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
     grown = enlarge(picture)

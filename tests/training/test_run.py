@@ -240,6 +240,9 @@ def test_weights_of_another_model_are_refused(aligned: Path, tmp_path: Path) -> 
     save_file({**weights, "prompts.primitives": weights["prompts.primitives"][1:]}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match=r"expected weights of this model in .*other names.*: prompts\.primitives$"):
         load_run(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes((aligned / WEIGHTS).read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"expected weights of a run in .*, got a damaged file"):
+        load_run(tmp_path)
     save_file({name: tensor for name, tensor in weights.items() if "context" not in name}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match=r"prompts\.attribute_context, prompts\.object_context, prompts\.pair_context"):
         load_run(tmp_path)

@@ -31,7 +31,9 @@ def out(tmp_path_factory: pytest.TempPathFactory, shapes_root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def results(out: Path, shapes_root: Path) -> dict:
-    config = configure(data=str(shapes_root), options=FAST, trainer=QUIET, pilot=True, sweep="beta,gamma,slots,alpha")
+    config = configure(
+        data=str(shapes_root), options=FAST, trainer=QUIET, reductions=True, pilot=True, sweep="beta,gamma,slots,alpha"
+    )
     return run_ablation(out, config)
 
 
@@ -40,7 +42,7 @@ def auc(point: dict) -> float:
 
 
 def test_asking_for_studies_repeats_no_row(results: dict, out: Path) -> None:
-    assert [*results["studies"]] == ["pilot", "beta", "gamma", "slots", "alpha"]
+    assert [*results["studies"]] == ["reductions", "pilot", "beta", "gamma", "slots", "alpha"]
     assert len(list(out.glob("seed0/*/logs/*"))) == len(list(out.glob("seed0/*/run.json")))
 
 
@@ -51,6 +53,9 @@ def test_weights_at_their_settings_give_the_rows(results: dict, out: Path) -> No
         found = {point["series"]: auc(point) for point in results["studies"][name]["points"] if point["value"] == value}
         for series, number in (("row 4", "4"), ("row 5", "5"), ("row 6", "6")):
             assert found.get(series, rows[number]) == rows[number], (name, series)
+    reductions = {point["value"]: auc(point) for point in results["studies"]["reductions"]["points"]}
+    assert (reductions["cls"], reductions["max"]) == (rows["1"], rows["2"])
+    assert len(reductions) == 7
     alphas = {point["value"]: auc(point) for point in results["studies"]["alpha"]["points"]}
     assert alphas[0.0] == rows["3"]
     assert alphas[options.alpha] == rows["4"]
