@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-RESULTS = Path(__file__).parents[2] / "docs" / "results" / "shapes" / "results.json"
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "imbalance-0.5" / "results.json"
 
 
 @pytest.fixture
