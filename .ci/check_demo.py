@@ -22,4 +22,9 @@ page = (out / "ablation.md").read_text()
 assert all(row["name"] in page for row in results["rows"]), "ablation.md"
 with Image.open(out / "curves.png") as picture:
     assert picture.size > (800, 300), "curves.png"
+report = (out / "report.html").read_text()
+assert all("data:image/png;base64" in report and row["number"] in report for row in results["rows"]), "report.html"
+assert "http" not in report.replace("http://www.w3.org", ""), "report.html must not need a network"
+for row in results["rows"]:
+    assert all(0 < spread["mean"] < 1 for spread in row["gap"].values()), (row["name"], "modality gap")
 print("the quick demo is sane")

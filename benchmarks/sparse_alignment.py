@@ -28,7 +28,6 @@ TOWERS: dict[str, dict[str, Any]] = {
     "short": SHORT,  # a quarter of the steps of the shipped tower, half its images: stage I has something left to learn
     "parts": {**SHORT, "pair_weight": 0.0, "part_weight": 1.0},  # captions never name a whole pair
     "deep": {**SHORT, "layers": 8},
-    "fine": {**SHORT, "patch_size": 6},
 }
 MLP = {"lora_matrices": ["q", "k", "v", "o", "fc", "proj"], "lora_rank": 64}
 PATCHES = {"include_cls": False}
@@ -47,14 +46,11 @@ VARIANTS: dict[str, tuple[str, str, dict[str, Any], str | None]] = {
     "short, [CLS], LoRA on MLP too": ("short", "cls", MLP, None),
     "short, max, LoRA on MLP too": ("short", "max", MLP, None),
     "short, max over patches, LoRA on MLP too": ("short", "max", {**MLP, **PATCHES}, None),
-    "short, max, 3 x epochs": ("short", "max", {"epochs": 24}, None),
     "parts, [CLS]": ("parts", "cls", {}, None),
     "parts, max": ("parts", "max", {}, None),
-    **{
-        f"{tower}, {name}": (tower, reduce, options, None)
-        for tower in ("deep", "fine")
-        for name, reduce, options in (("[CLS]", "cls", {}), ("max", "max", {}), ("max over patches", "max", PATCHES))
-    },
+    "deep, [CLS]": ("deep", "cls", {}, None),
+    "deep, max": ("deep", "max", {}, None),
+    "deep, max over patches": ("deep", "max", PATCHES, None),
 }
 OPTIONS = {"epochs": 8, "learning_rate": 3e-4}
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
