@@ -71,6 +71,9 @@ def examine(
     maps = {"alignment": alignment_map(tokens, texts.features.pairs[best[:, 0]], sac.encoder)}
     if target is not None:
         maps["labelled"] = alignment_map(tokens, texts.features.pairs[target.to(best.device)], sac.encoder)
+    if not getattr(sac.head, "include_cls", True):
+        # [CLS] takes no part in the alignment: it cannot win.
+        maps = {name: each._replace(prefix=torch.full_like(each.prefix, -torch.inf)) for name, each in maps.items()}
     if sac.condenser is not None:
         maps["condenser"] = token_map(sac.condenser.attention(tokens), sac.encoder)
     maps["attention"] = attention

@@ -68,7 +68,8 @@ def cosine_panel(title: str, image: Image, found: TokenMap) -> Panel:
     """A map of cosines, its winner marked."""
     low, high, prefix = (float(number) for number in (found.patches.min(), found.patches.max(), found.prefix.max()))
     winner = "[CLS]" if int(found.winner) < len(found.prefix) else "a patch"
-    note = f"patches {low:.2f} to {high:.2f}, [CLS] {prefix:.2f}: {winner} wins"
+    own = "left out" if prefix == -torch.inf else f"{prefix:.2f}"
+    note = f"patches {low:.2f} to {high:.2f}, [CLS] {own}: {winner} wins"
     return Panel(title, mark_winner(overlay(image, found.patches), found), note)
 
 

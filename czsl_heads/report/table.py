@@ -119,6 +119,12 @@ def print_ablation(results: dict[str, Any]) -> None:
 TRANSDUCTIVE = "transductive: test images, without their labels, change the memory bank while it is tested."
 
 
+def _rejections(results: dict[str, Any]) -> list[str]:
+    """A line for vectors that did not enter a memory bank, if there were any."""
+    worst = max(run.get("rejected", 0) for row in results["rows"] for run in row["runs"])
+    return ["", f"{worst} image vectors were not finite and did not enter a memory bank."] if worst else []
+
+
 def _seeds(results: dict[str, Any]) -> str:
     seeds = results["config"]["seeds"]
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± sd of {len(seeds)} seeds"
@@ -141,11 +147,12 @@ def ablation_markdown(results: dict[str, Any]) -> str:
         lines += [*map(_markdown_row, rows), ""]
     lines += [
         f"\\* {TRANSDUCTIVE}",
+        *_rejections(results),
         "",
         "S, U: best accuracy on seen and on unseen pairs; HM: best harmonic mean; AUC: area under the seen-unseen "
         "curve, by the field's standard protocol (20 to 39 biases) and over the exact curve; attr, obj: accuracy of "
         "the predicted pair's primitives at bias 0. The epoch was chosen by AUC on validation. Rows 1+ and 2+ have the "
-        "epochs of both stages.",
+        "epochs of both stages, the rate of stage I decaying further; stage II starts at its own rate.",
         "",
         "The modality gap depends on which vector stands for an image: cls is [CLS], pred the token that wins the "
         "predicted pair, true the token that wins the labelled pair, vac the condenser's vector. The third knows the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -82,12 +83,18 @@ def run_ablation(out: Path, config: AblationConfig) -> dict[str, Any]:
         "comparisons": _comparisons(rows),
         "studies": {},
     }
-    for name in config.studies:
+    for name in _studies(out, config):
         _say(f"study {name}")
         results["studies"][name] = run_study(name, out, dataset, config)
     if is_main_process():
         results = write_json(out / RESULTS, results)
     return results
+
+
+def _studies(out: Path, config: AblationConfig) -> list[str]:
+    """Those that were asked for now or before."""
+    before = json.loads((out / RESULTS).read_text())["studies"] if (out / RESULTS).exists() else {}
+    return list(dict.fromkeys([*before, *config.studies]))
 
 
 def _say(words: str) -> None:
@@ -129,6 +136,7 @@ def _row_results(row: Row, records: list[dict[str, Any]]) -> dict[str, Any]:
                 "validation_auc": budget["validation_auc"],
                 "test": _short_curves(budget["test"][row.readout]),
                 "gap": budget["gap"],
+                "rejected": budget.get("rejected", 0),
             }
         )
     gaps = [run["gap"]["relative_modality_gap"] for run in runs]

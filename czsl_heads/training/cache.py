@@ -33,12 +33,18 @@ class EncodedImages(Dataset[Any]):
 
 @torch.no_grad()
 def encode_images(
-    sac: SAC, loader: DataLoader[Any], texts: SpaceTexts, *, device: torch.device, limit: int | None
+    sac: SAC,
+    loader: DataLoader[Any],
+    texts: SpaceTexts,
+    *,
+    device: torch.device,
+    limit: int | None,
+    dtype: torch.dtype = torch.float32,
 ) -> EncodedImages | None:
     """Encode all images of a loader and keep the result in main memory; None if it would take over ``limit`` bytes."""
     parts: list[EncodedImages] = []
     for images, columns in loader:
-        tokens = sac.encoder.encode_tokens(images.to(device))
+        tokens = sac.encoder.encode_tokens(images.to(device, dtype))
         logits = sac.align(tokens, texts)
         part = EncodedImages(tokens.cpu(), BranchLogits(*(rows.cpu() for rows in logits)), columns)
         if limit is not None and not parts and part.num_bytes / len(part) * len(loader.dataset) > limit:  # type: ignore[arg-type]

@@ -14,10 +14,13 @@ QUICK_SHAPES = ShapesSpec(train_per_pair=8, val_per_pair=4, test_per_pair=8)
 QUICK_EPOCHS = 3
 STUDIES = ("reductions", "pilot", "blend")
 SWEEPS = ("alpha", "beta", "gamma", "depth", "slots")
+# What a study varies from, or would mix with.
+_NEUTRAL = {"pilot": ("patch_drop", 0), "blend": ("cls_weight", 0), "reductions": ("cls_weight", 0)}
 # Flags of the trainer that an option decides, or that would leave no checkpoint or no log.
 _RESERVED = (
     *("max_epochs", "max_steps", "max_time", "logger", "callbacks", "fast_dev_run", "enable_checkpointing"),
     *("use_distributed_sampler", "limit_train_batches", "limit_val_batches", "limit_test_batches"),
+    *("check_val_every_n_epoch", "val_check_interval", "num_sanity_val_steps", "overfit_batches"),
 )
 
 
@@ -72,7 +75,7 @@ def configure(
         ValueError: An argument is out of range, unknown, or has no meaning for this data.
     """
     check_range("seeds", seeds, 1)
-    check_range("first_seed", first_seed, 0)
+    check_range("first_seed", first_seed, 0, 2**32 - seeds)  # what Lightning can be seeded with
     for flag in trainer or {}:
         if flag in _RESERVED:
             raise ValueError(f"expected `trainer` without {', '.join(_RESERVED)}, got {flag}; see `options` for epochs")
@@ -81,6 +84,7 @@ def configure(
     chosen = dict(options or {})
     if quick:
         chosen.setdefault("epochs", QUICK_EPOCHS)
+        chosen.setdefault("condense_epochs", QUICK_EPOCHS)
     shapes = None
     if data == "shapes":
         shapes = QUICK_SHAPES if quick else ShapesSpec()
@@ -91,11 +95,17 @@ def configure(
     for name in sweep.split(",") if sweep else ():
         check_choice("sweep", name, SWEEPS)
         chosen_studies.append(name)
+    training = load_options(preset, chosen)
+    for study, (option, neutral) in _NEUTRAL.items():
+        if study in chosen_studies and getattr(training, option) != neutral:
+            raise ValueError(
+                f"expected `options.{option}` to be {neutral} in the study {study}, got {getattr(training, option)}"
+            )
     return AblationConfig(
         data=data if data == "shapes" else str(Path(data).resolve()),
         encoder=encoder,
         preset=preset,
-        options=load_options(preset, chosen),
+        options=training,
         seeds=list(range(first_seed, first_seed + seeds)),
         shapes=shapes,
         trainer=dict(trainer or {}),

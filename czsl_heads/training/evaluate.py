@@ -6,6 +6,7 @@ predicted before a bank that adapts may see it. Every pass fills its banks anew 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -67,7 +68,7 @@ class GapReadouts:
     counts: dict[str, float] = field(default_factory=lambda: {"images": 0, "pred": 0, "true": 0, "strong": 0})
 
     def update(self, tokens: Tensor, features: Tensor | None, predicted: Tensor, true: Tensor, texts: Tensor) -> None:
-        tokens = F.normalize(tokens.float(), dim=-1)
+        tokens, texts = F.normalize(tokens.float(), dim=-1), texts.float()
         vectors = {"cls": tokens[:, 0]}
         first = 0 if self.include_cls else 1
         for name, columns in (("pred", predicted), ("true", true)):
@@ -116,6 +117,11 @@ class Evaluation(lightning.LightningModule):
         worlds: tuple[World, ...] = WORLDS,
     ) -> None:
         super().__init__()
+        for name, readout in readouts.items():
+            if sac.condenser is None and readout != Readout():
+                raise ValueError(f"expected `readouts` of the alignment branch alone without a condenser, got {name}")
+            if readout.gamma and readout.bank is None:
+                raise ValueError(f"expected `readouts` with a bank where gamma is above 0, got {name} without")
         self.sac, self.dataset, self.options, self.readouts, self.split = sac.eval(), dataset, options, readouts, split
         self.plans = sorted({readout.bank for readout in readouts.values() if readout.bank is not None})
         space = dataset.space
@@ -124,6 +130,7 @@ class Evaluation(lightning.LightningModule):
         self.columns = {world: every[world].index(space.pairs) for world in worlds}
         self.results: dict[str, dict[World, dict[str, CZSLResult]]] = {}
         self.gap: dict[str, dict[str, float]] = {}
+        self.rejected = 0  # vectors that were not finite, and so did not enter a bank
         self._texts: dict[World, SpaceTexts] = {}
         self._filled: dict[tuple[World, int], DynamicMemoryBank] = {}
         self._banks: dict[tuple[World, BankPlan], DynamicMemoryBank] = {}
@@ -137,7 +144,7 @@ class Evaluation(lightning.LightningModule):
         return [eval_loader(self.dataset.images(split, transform), self.options) for split in splits]
 
     def on_test_epoch_start(self) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             self._texts = {world: self.sac.texts(space) for world, space in self.spaces.items()}
         slots = {plan.slots for plan in self.plans}
         self._filled = {
@@ -193,32 +200,31 @@ class Evaluation(lightning.LightningModule):
     def _predict(self, world: World, tokens: Tensor, features: Tensor | None, columns: Tensor) -> None:
         sac, texts = self.sac, self._texts[world]
         aligned = sac.pair_scores(sac.align(tokens, texts), texts.space)
-        scores = dict.fromkeys(self.readouts, aligned)
+        scores: Iterable[tuple[str, Tensor]] = dict.fromkeys(self.readouts, aligned).items()
         if features is not None:
             scores = self._fused(world, aligned, features)
         target = self.columns[world][columns.cpu()]
-        for name, rows in scores.items():
+        for name, rows in scores:
+            rows = rows.cpu()
             for protocol in PROTOCOLS:
-                self._scores[name, world, protocol].update(rows.cpu(), target)
+                self._scores[name, world, protocol].update(rows, target)
         if world == "closed" and self._gap is not None:
             candidates = aligned.masked_fill(~self._candidates.to(aligned.device), -torch.inf)
             self._gap.update(tokens, features, candidates.argmax(dim=1), columns, texts.features.pairs)
 
-    def _fused(self, world: World, aligned: Tensor, features: Tensor) -> dict[str, Tensor]:
-        """Scores by every readout; then the banks that adapt see the batch."""
+    def _fused(self, world: World, aligned: Tensor, features: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Scores by every readout, one at a time; then the banks that adapt see the batch."""
         sac, texts = self.sac, self._texts[world]
         logits = sac.classify(features, texts)
         condensed = sac.pair_scores(logits, texts.space)
         banks = {plan: self._banks[world, plan] for plan in self.plans}
         memories = {plan: sac.bank_scores(bank(features)) for plan, bank in banks.items()}
-        scores = {}
         for name, readout in self.readouts.items():
             memory = None if readout.bank is None else memories[readout.bank]
-            scores[name] = fuse(aligned, condensed, memory, beta=readout.beta, gamma=readout.gamma)
+            yield name, fuse(aligned, condensed, memory, beta=readout.beta, gamma=readout.gamma)
         for plan, bank in banks.items():
             if plan.updates:
                 bank.update(features, logits.pairs.softmax(dim=1))
-        return scores
 
     def on_test_epoch_end(self) -> None:
         self.results = {
@@ -228,6 +234,7 @@ class Evaluation(lightning.LightningModule):
             }
             for name in self.readouts
         }
+        self.rejected = max((int(bank.num_rejected) for bank in self._banks.values()), default=0)
         self.gap = {} if self._gap is None else self._gap.as_dict()
 
     def filled_bank(self, world: World, slots: int) -> DynamicMemoryBank:

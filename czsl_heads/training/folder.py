@@ -8,15 +8,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+import torch
 
 from czsl_heads._files import write_json
 from czsl_heads.data.integrity import broken_images
 from czsl_heads.data.layout import CompositionDataset, DataError, layout_files, read_dataset
 from czsl_heads.data.shapes import make_shapes, shapes_space
+from czsl_heads.heads.sparse_align import Reduce
 from czsl_heads.space import CompositionSpace
 from czsl_heads.training.config import AblationConfig
-from czsl_heads.training.run import build_sac, check_trainer
+from czsl_heads.training.run import build_head, build_sac, check_trainer
 from czsl_heads.training.stage import check_validation
 
 CONFIG = "config.json"
@@ -38,6 +41,7 @@ def open_folder(out: Path, config: AblationConfig) -> CompositionDataset:
     if path.exists():
         dataset = None if config.shapes else read_dataset(config.data)
         _compare(out, json.loads(path.read_text()), _settings(config))
+        check_trainer(config.trainer)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"expected `out` to be a new or empty folder or one of an ablation, got {out}")
     else:
@@ -72,7 +76,13 @@ def _checked_dataset(root: str) -> CompositionDataset:
 
 def _rehearse(config: AblationConfig, space: CompositionSpace) -> None:
     check_trainer(config.trainer)
-    build_sac(config.encoder, space, config.options, condenser=True)
+    sac = build_sac(config.encoder, space, config.options, condenser=True)
+    size = sac.encoder.image_size
+    blank = torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size))
+    with torch.no_grad():
+        tokens = sac.encoder.encode_tokens(blank)
+        for reduce in get_args(Reduce) if "reductions" in config.studies else ("cls", "max"):
+            build_head(sac.encoder, config.options, reduce)(tokens, tokens[:, 0])
 
 
 def _settings(config: AblationConfig) -> dict[str, Any]:

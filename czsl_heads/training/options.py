@@ -89,6 +89,8 @@ class SACOptions:
     workers: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.lora_matrices, (list, tuple)):
+            raise TypeError(f"expected `lora_matrices` to be a list of names, got {self.lora_matrices!r}")
         object.__setattr__(self, "lora_matrices", tuple(self.lora_matrices))
         for name in ("epochs", "batch_size", "decay_every", "eval_batch_size", "topk", "depth", "slots"):
             check_integer(name, getattr(self, name), 1)

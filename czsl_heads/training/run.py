@@ -20,11 +20,13 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from czsl_heads._files import whole_file, write_json
 from czsl_heads.adapters.lora import add_lora
 from czsl_heads.adapters.patch_drop import drop_patches
 from czsl_heads.data.layout import CompositionDataset
+from czsl_heads.encoders.protocol import Encoder
 from czsl_heads.encoders.wrap import wrap
 from czsl_heads.heads.condenser import VACondenser
 from czsl_heads.heads.sparse_align import POOLS, Reduce, SparseAlignHead
@@ -58,20 +60,11 @@ def build_sac(
         )
     if options.patch_drop:
         drop_patches(encoder, options.patch_drop)
-    head = SparseAlignHead(
-        reduce,
-        k=options.topk if reduce == "topk" else None,
-        temperature=options.temperature,
-        dim=encoder.dim if reduce in POOLS else None,
-        include_cls=options.include_cls,
-        cls_weight=options.cls_weight,
-        logit_scale=encoder.logit_scale,
-    )
     gathering = VACondenser(encoder.dim, depth=options.depth, dropout=options.condenser_dropout) if condenser else None
     return SAC(
         encoder,
         space,
-        head=head,
+        head=build_head(encoder, options, reduce),
         condenser=gathering,
         context=options.context,
         prompt_dropout=options.prompt_dropout,
@@ -83,12 +76,38 @@ def build_sac(
     )
 
 
-class _BestWithin(ModelCheckpoint):
+def build_head(encoder: Encoder, options: SACOptions, reduce: Reduce) -> SparseAlignHead:
+    """The alignment head that the options describe."""
+    return SparseAlignHead(
+        reduce,
+        k=options.topk if reduce == "topk" else None,
+        temperature=options.temperature,
+        dim=encoder.dim if reduce in POOLS else None,
+        include_cls=options.include_cls,
+        cls_weight=options.cls_weight,
+        logit_scale=encoder.logit_scale,
+    )
+
+
+class _Checkpoint(ModelCheckpoint):
+    """Of a folder that may be moved between two attempts: Lightning would forget then what was best."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        here = {name: self._here(state_dict[name]) for name in paths}
+        best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **here, "best_k_models": best, "dirpath": self.dirpath})
+
+    def _here(self, path: str) -> str:
+        return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+
+class _BestWithin(_Checkpoint):
     """Keeps the best of the first epochs; later ones are trained for other rows of a table."""
 
     def __init__(self, folder: Path, name: str, *, epochs: int) -> None:
         super().__init__(folder, name, monitor="val/auc", mode="max", enable_version_counter=False)
-        self.epochs = epochs
+        self.epochs = epochs  # the trainer validates once an epoch: the flags that change that are refused
 
     @property
     def state_key(self) -> str:
@@ -151,11 +170,8 @@ def train_model(
     fitter = _trainer(folder, options, len(dataset.samples["train"]), checkpoints, max(budgets.values()), trainer or {})
     last = folder / "checkpoints" / "last.ckpt"
     results = {}
-    with _quiet():
-        try:
-            fitter.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
-        except SystemExit:  # Lightning's answer to Ctrl-C
-            raise KeyboardInterrupt from None
+    with _quiet(), _interruptible():
+        fitter.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
         for name, checkpoint in reversed([*zip(budgets, checkpoints)]):  # "best" comes last, and stays in the model
             best = torch.load(checkpoint.best_model_path, weights_only=True, map_location="cpu")
             module.load_state_dict(best["state_dict"], strict=False)
@@ -175,6 +191,7 @@ def train_model(
         with whole_file(folder / WEIGHTS) as path:
             save_file({name: sac.get_parameter(name).detach().cpu().contiguous() for name in learned}, path)
         record = write_json(record_path, record)  # last: it marks the run as finished
+    fitter.strategy.barrier()  # no process may look for the record before it is there
     return record
 
 
@@ -214,7 +231,7 @@ def _test(
     if any(plan.slots == options.slots for plan in evaluation.plans) and is_main_process():
         with whole_file(folder / BANK) as path:
             save_file(evaluation.filled_bank("closed", options.slots).cpu().state_dict(), path)
-    return {"test": as_dicts(evaluation), "gap": evaluation.gap}
+    return {"test": as_dicts(evaluation), "gap": evaluation.gap, "rejected": evaluation.rejected}
 
 
 def as_dicts(evaluation: Evaluation) -> dict[str, Any]:
@@ -241,10 +258,20 @@ def evaluate_model(
     record = json.loads((folder / RECORD).read_text())
     options = SACOptions(**record["options"])
     evaluation = Evaluation(load_run(folder), dataset, options, readouts, split=split, worlds=worlds)
-    with _quiet():
+    check_trainer(trainer or {})
+    with _quiet(), _interruptible():
         flags = {**_SETTINGS, **(trainer or {}), "logger": False, "enable_checkpointing": False}
         lightning.Trainer(**flags).test(evaluation, verbose=False)
     return evaluation
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lightning answers Ctrl-C by leaving Python."""
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
 
 
 def is_main_process() -> bool:
@@ -266,7 +293,7 @@ def load_run(folder: Path) -> SAC:
     load_weights(sac, folder / WEIGHTS)
     if (folder / BANK).exists():
         bank = new_bank(space, sac.encoder.dim, sac, options)
-        bank.load_state_dict(load_file(folder / BANK))
+        bank.load_state_dict(_tensors(folder / BANK))
         sac.use_bank(bank, space)
     return sac.eval()
 
@@ -277,10 +304,7 @@ def load_weights(sac: SAC, path: Path, *, partial: bool = False) -> None:
     Raises:
         ValueError: The file has other names or shapes than the model.
     """
-    try:
-        found = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"expected weights of a run in {path}, got a damaged file ({error})") from error
+    found = _tensors(path)
     wanted = {name: sac.get_parameter(name).shape for name in _learned(sac)}
     if partial:
         wanted = {name: shape for name, shape in wanted.items() if name in found}
@@ -289,6 +313,13 @@ def load_weights(sac: SAC, path: Path, *, partial: bool = False) -> None:
         odd = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
         raise ValueError(f"expected weights of this model in {path}, got other names or shapes: {', '.join(odd)}")
     sac.load_state_dict(found, strict=False)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"expected tensors of a run in {path}, got a damaged file ({error})") from error
 
 
 def _space_record(space: CompositionSpace) -> dict[str, Any]:
@@ -336,7 +367,7 @@ def _trainer(
     steps = math.ceil(images / options.batch_size)
     settings = {**_SETTINGS, **flags, "max_epochs": epochs, "log_every_n_steps": min(10, steps)}
     # The last of the callbacks, so that it holds the state of the others.
-    last = ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False)
+    last = _Checkpoint(folder / "checkpoints", "last", enable_version_counter=False)
     with _quiet():
         # Each attempt gets its own log folder: what an interrupted one logged is kept.
         loggers = [CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")]

@@ -19,7 +19,7 @@ from czsl_heads.training.options import SACOptions
 
 
 def check_validation(dataset: CompositionDataset) -> None:
-    """Raise DataError unless validation has images of seen and of unseen pairs: the epoch is chosen by their AUC."""
+    """Raise DataError unless validation has images of seen and of unseen pairs (the epoch is chosen by their AUC)."""
     seen = dataset.space.seen_mask[dataset.images("val").columns]
     for word, count in (("seen", int(seen.sum())), ("unseen", int((~seen).sum()))):
         if not count:
@@ -27,6 +27,8 @@ def check_validation(dataset: CompositionDataset) -> None:
                 f"{dataset.root}: expected validation images of seen and of unseen pairs (the epoch is chosen by their "
                 f"AUC), got none of {word} pairs"
             )
+    if len(dataset.samples["test"]) < 2:
+        raise DataError(f"{dataset.root}: expected at least two test images, which the modality gap needs, got one")
 
 
 class Stage(lightning.LightningModule):
@@ -98,7 +100,8 @@ class Stage(lightning.LightningModule):
         used = sum(encoded.num_bytes for encoded in self._encoded.values())
         limit = None if self.options.cache else CACHE_BYTES - used
         loader = eval_loader(self.dataset.images(split, self.sac.encoder.transform()), self.options)
-        encoded = encode_images(self.sac, loader, texts, device=self.device, limit=limit)
+        dtype = next(self.sac.parameters()).dtype  # half with Lightning's precision "bf16-true"
+        encoded = encode_images(self.sac, loader, texts, device=self.device, dtype=dtype, limit=limit)
         if encoded is not None:
             self._encoded[split] = encoded
 
@@ -125,7 +128,7 @@ class Stage(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         if self.stage != "condense":
-            with torch.no_grad():
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
                 self._val_texts = self.sac.texts(self.dataset.space)
         mask = self.dataset.eval_mask("val")
         # Every process evaluates all images, in file order: there is nothing to gather.

@@ -12,7 +12,7 @@ from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.training.evaluate import BankPlan, Readout
 from czsl_heads.training.options import SACOptions
 from czsl_heads.training.plans import VAC_KL
-from czsl_heads.training.run import RECORD, evaluate_model
+from czsl_heads.training.run import RECORD, evaluate_model, is_main_process
 
 TUNED = "tune.json"
 BETAS = tuple(step / 10 for step in range(11))
@@ -52,9 +52,9 @@ def tune(run: Path, dataset: CompositionDataset, seeds: list[int], trainer: dict
     ]
     best = max(grid, key=lambda point: (point["auc"], -point["gamma"], point["beta"]))
     used = next(point for point in grid if (point["beta"], point["gamma"]) == (options.beta, options.gamma))
-    content: dict[str, Any] = write_json(
-        run / TUNED, {"seeds": seeds, "slots": options.slots, "best": best, "used": used, "grid": grid}
-    )
+    content = {"seeds": seeds, "slots": options.slots, "best": best, "used": used, "grid": grid}
+    if is_main_process():
+        write_json(run / TUNED, content)
     return content
 
 

@@ -170,6 +170,7 @@ def test_a_truncated_image_is_found_before_anything_is_written(data: Path, tmp_p
     ("arguments", "message"),
     [
         ({"encoder": "ViT-Z"}, "expected `model_or_name`"),
+        ({"reductions": True, "options": {"topk": 50}}, r"expected `k` to be in \[1, 37\], got 50"),
         ({"encoder": "RN50"}, "expected a vision tower of kind VisionTransformer"),
         ({"options": {"lora_layers": 40}}, "expected `layers`"),
         ({"options": {"lora_matrices": ["z"]}}, "expected `matrices`"),
@@ -217,6 +218,11 @@ def test_a_full_folder_is_refused(tmp_path: Path, shapes_root: Path) -> None:
         ({"options": {"epochs": "many"}}, "expected `epochs`"),
         ({"options": {"epochs": None}}, "expected `epochs`"),
         ({"trainer": {"max_epochs": 2}}, "expected `trainer` without max_epochs, .*got max_epochs"),
+        ({"trainer": {"check_val_every_n_epoch": 2}}, "expected `trainer` without .*got check_val_every_n_epoch"),
+        ({"first_seed": 2**33}, "expected `first_seed` to be in"),
+        ({"pilot": True, "options": {"patch_drop": 0.3}}, r"expected `options.patch_drop` to be 0 in the study pilot"),
+        ({"blend": True, "options": {"cls_weight": 0.3}}, r"expected `options.cls_weight` to be 0 in the study blend"),
+        ({"options": {"lora_matrices": 5}}, "expected `lora_matrices` to be a list of names, got 5"),
         ({"trainer": {"fast_dev_run": True}}, "expected `trainer` without .*got fast_dev_run"),
     ],
 )
@@ -229,6 +235,7 @@ def test_presets_follow_the_encoder() -> None:
     assert configure().preset == "shapes"
     assert configure(encoder="ViT-L-14:openai", data="x").preset == "mit-states"
     assert configure(quick=True).options.epochs < configure().options.epochs
+    assert configure(quick=True).options.extra_epochs < configure().options.extra_epochs
     assert configure(quick=True, options={"epochs": 9}).options.epochs == 9
 
 

@@ -160,6 +160,35 @@ def test_the_gap_is_that_of_each_readouts_vectors(
     assert 0 < evaluation.gap["patches_above_the_middle"]["pred"] < 1
 
 
+def test_readouts_that_cannot_be_scored_raise(
+    aligned: Path, sac: SAC, dataset: CompositionDataset, cut: SACOptions
+) -> None:
+    for readout in (READOUTS["fused"], READOUTS["bank"]):
+        with pytest.raises(ValueError, match="expected `readouts` of the alignment branch alone without a condenser"):
+            Evaluation(load_run(aligned), dataset, cut, {"one": readout})
+    with pytest.raises(ValueError, match="expected `readouts` with a bank where gamma is above 0, got one without"):
+        Evaluation(sac, dataset, cut, {"one": Readout(0.5, 0.2)})
+
+
+def test_vectors_that_are_not_finite_do_not_enter_a_bank_and_are_counted(
+    condensed: Path, dataset: CompositionDataset, cut: SACOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sac = load_run(condensed)
+    encode, calls = sac.encoder.encode_tokens, []
+
+    def spoiled(images: torch.Tensor) -> torch.Tensor:
+        tokens = encode(images)
+        calls.append(len(images))
+        if len(calls) == 2:
+            tokens[:3] = torch.nan
+        return tokens
+
+    monkeypatch.setattr(sac.encoder, "encode_tokens", spoiled)
+    evaluation = run(sac, dataset, cut, {"bank": READOUTS["bank"]}, worlds=("closed",))
+    assert evaluation.rejected == 3
+    assert evaluation.filled_bank("closed", 3).features.isfinite().all()
+
+
 def test_a_model_without_a_condenser_has_one_readout(
     aligned: Path, dataset: CompositionDataset, cut: SACOptions
 ) -> None:

@@ -156,7 +156,7 @@ def test_the_second_stage_and_the_tests_resume_to_the_same_numbers(
         run()
     with monkeypatch.context() as patch:
         patch.setattr(Evaluation, "_predict", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
+        with pytest.raises(KeyboardInterrupt):
             run()
     assert not (tmp_path / "cut" / RECORD).exists()
     assert calls == [5]
@@ -189,9 +189,32 @@ def test_the_best_epoch_of_each_budget_is_kept(
     assert found == {"best": (2, pytest.approx(0.7)), "longer": (5, pytest.approx(0.9))}
 
 
+def test_an_unfinished_folder_can_be_moved(
+    aligned: Path,
+    tmp_path: Path,
+    dataset: CompositionDataset,
+    options: SACOptions,
+    flags: dict,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cut_short(monkeypatch, 5)  # the first step of the third epoch
+    with pytest.raises(KeyboardInterrupt):
+        train_model(tmp_path / "here", dataset, options, ALIGNED, extra_epochs=1, trainer=flags)
+    (tmp_path / "here").rename(tmp_path / "there")
+    train_model(tmp_path / "there", dataset, options, ALIGNED, extra_epochs=1, trainer=flags)
+    assert (tmp_path / "there" / RECORD).read_bytes() == (aligned / RECORD).read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("stage", ["condense", "joint"])
 def test_bf16_runs_by_lightnings_flag(
-    aligned: Path, tmp_path: Path, dataset: CompositionDataset, options: SACOptions, flags: dict, stage: str
+    aligned: Path,
+    tmp_path: Path,
+    dataset: CompositionDataset,
+    options: SACOptions,
+    flags: dict,
+    stage: str,
+    precision: str,
 ) -> None:
     short = dataclasses.replace(options, epochs=1, condense_epochs=1)
     record = train_model(
@@ -201,7 +224,7 @@ def test_bf16_runs_by_lightnings_flag(
         readouts_of(short, stage),
         stage=stage,
         base=aligned if stage == "condense" else None,
-        trainer={**flags, "precision": "bf16-mixed"},
+        trainer={**flags, "precision": precision},
     )
     for readout in ("fused", "bank", "adapted"):
         assert 0 <= record["budgets"]["best"]["test"][readout]["open"]["exact"]["auc"] <= 1
@@ -241,7 +264,7 @@ def test_weights_of_another_model_are_refused(aligned: Path, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"expected weights of this model in .*other names.*: prompts\.primitives$"):
         load_run(tmp_path)
     (tmp_path / WEIGHTS).write_bytes((aligned / WEIGHTS).read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"expected weights of a run in .*, got a damaged file"):
+    with pytest.raises(ValueError, match=r"expected tensors of a run in .*, got a damaged file"):
         load_run(tmp_path)
     save_file({name: tensor for name, tensor in weights.items() if "context" not in name}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match=r"prompts\.attribute_context, prompts\.object_context, prompts\.pair_context"):
