@@ -1,6 +1,7 @@
 """The `czsl` command as a user runs it: in a process of its own, in a clean folder."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,13 @@ from PIL import Image
 
 from czsl_heads.cli import main
 
-FAST = ["--options.epochs=2", "--options.batch_size=48", "--trainer.accelerator=cpu"]
+FAST = ["--options.epochs=1", "--options.condense_epochs=1", "--options.batch_size=48", "--trainer.accelerator=cpu"]
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: two would slow each other down
 
 
 def czsl(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "czsl_heads.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
 
 
 def test_make_shapes_writes_a_data_set_that_check_accepts(tmp_path: Path) -> None:
@@ -98,6 +100,7 @@ def test_an_interrupted_ablation_is_resumed_by_the_same_command(tmp_path: Path, 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=ONE_THREAD,
         # A job in the background of a shell ignores Ctrl-C, and so would what it starts.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

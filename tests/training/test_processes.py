@@ -1,6 +1,7 @@
 """Several devices: processes share the training, wait for one another, and one of them writes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ def test_two_processes_finish_the_whole_ablation(shapes_root: Path, tmp_path: Pa
     command += [part for name, value in options.items() for part in (f"--options.{name}", str(value))]
     command += [part for name, value in flags.items() for part in (f"--trainer.{name}", str(value))]
     command += ["--preset", "shapes", "--sweep", "gamma"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    ended = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert ended.returncode == 0, ended.stderr[-2000:]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["number"] for row in results["rows"]] == ["1", "1+", "2", "2+", "3", "4", "5", "6"]
