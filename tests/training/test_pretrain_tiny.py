@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from open_clip import SimpleTokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from czsl_heads import encoders, wrap
 from czsl_heads.data.drawing import ATTRIBUTES, OBJECTS
 from czsl_heads.data.shapes import split_pairs, unseen_pairs
 from czsl_heads.encoders.open_clip import OpenClipEncoder
-from czsl_heads.encoders.tiny import MERGES, WEIGHTS, build_tiny
+from czsl_heads.encoders.tiny import MERGES, RECORD, WEIGHTS, build_tiny
 from czsl_heads.training import pretrain_tiny
 from czsl_heads.training.pretrain_tiny import PretrainSpec, pretrain, train_merges, write_merges
 
@@ -81,3 +82,38 @@ def _draw_here(tasks):
 
     images = np.stack([pretrain_tiny._draw_one(task) for task in tasks])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+
+def test_a_tower_of_another_shape_loads_from_its_folder(tmp_path: Path) -> None:
+    write_merges(tmp_path / MERGES)
+    model, _ = build_tiny(tmp_path / MERGES, layers=2, patch_size=16)
+    save_file(model.state_dict(), tmp_path / WEIGHTS)
+    (tmp_path / RECORD).write_text(json.dumps({"spec": {"layers": 2, "patch_size": 16}}))
+    encoder = wrap(f"tiny:{tmp_path}")
+    assert encoder.grid == (3, 3)
+    assert len(encoder.blocks("vision")) == 2
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(encoder.encode_images(images), model.eval().encode_image(images))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (RECORD, None, "expected `folder` with tiny_clip.json, as pretrain_tiny writes it, got"),
+        (RECORD, b"{}", r"expected `folder` with a tiny CLIP, .*\('spec'\)"),
+        (RECORD, b'{"spec": {"layers": 3}}', "expected `folder` with a tiny CLIP, .*Unexpected key"),
+        (WEIGHTS, b"short", "expected `folder` with a tiny CLIP, as pretrain_tiny writes it, got"),
+        (MERGES, b"no gzip", "expected `folder` with a tiny CLIP, as pretrain_tiny writes it, got"),
+    ],
+)
+def test_a_folder_without_a_tower_is_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    assets = Path(encoders.__path__[0]) / "assets"
+    for asset in (RECORD, WEIGHTS, MERGES):
+        (tmp_path / asset).write_bytes((assets / asset).read_bytes())
+    wrap(f"tiny:{tmp_path}")
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        wrap(f"tiny:{tmp_path}")
