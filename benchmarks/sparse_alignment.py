@@ -1,8 +1,9 @@
 """Why does Sparse Alignment not beat [CLS] on the shapes world? ``python benchmarks/sparse_alignment.py --work DIR``.
 
-Trains stage I in many ways, which differ from [CLS] or from Sparse Alignment in one thing each, over towers that were
-pretrained differently, and prints the AUC of each, how often a patch wins the labelled pair, and the modality gap.
-Towers that are not in DIR yet are pretrained first (10 to 40 minutes each on a CPU core); finished runs are kept.
+Trains stage I in many ways, which differ from [CLS] or from Sparse Alignment in what their names say (a run that starts
+from another has trained twice as long in all), over towers that were pretrained differently, and prints the AUC of
+each, how often a patch wins the labelled pair, and the modality gap. Towers that are not in DIR yet are
+pretrained first (10 to 40 minutes each on a CPU core); finished runs are kept.
 """
 
 from __future__ import annotations
