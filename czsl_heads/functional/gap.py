@@ -62,7 +62,7 @@ def relative_modality_gap(
     """
     sums = gather_sums(images, texts, labels)
     if labels is not None:  # each class text counts once, not once an image
-        sums = sums._replace(text_sum=unit_rows("texts", texts).sum(dim=0), num_texts=len(texts))
+        sums = sums._replace(text_sum=wide_unit_rows("texts", texts).sum(dim=0), num_texts=len(texts))
     return gap_of_sums(sums, include_self=include_self)
 
 
@@ -76,7 +76,7 @@ def gather_sums(images: Tensor, texts: Tensor, labels: Tensor | None = None) -> 
         check_tensor("labels", labels, dtypes=(torch.long,))
         check_shapes(images=(images, "images dim"), texts=(texts, "texts dim"), labels=(labels, "images"))
         texts = texts[_within(labels, len(texts))]
-    images, texts = unit_rows("images", images), unit_rows("texts", texts)
+    images, texts = wide_unit_rows("images", images), wide_unit_rows("texts", texts)
     # Of unit vectors |u - v|^2 / 4 = (1 - cos) / 2, but this does not cancel where they nearly coincide.
     matched = (images - texts).square().sum() / 4
     return GapSums(images.sum(dim=0), texts.sum(dim=0), matched, len(images), len(texts))
@@ -112,7 +112,7 @@ def _within(labels: Tensor, num_texts: int) -> Tensor:
     return labels
 
 
-def unit_rows(name: str, vectors: Tensor) -> Tensor:
+def wide_unit_rows(name: str, vectors: Tensor) -> Tensor:
     """Rows of norm one in the widest float of the device."""
     vectors = vectors.to(torch.float32 if vectors.device.type == "mps" else torch.float64)
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from czsl_heads._checks import check_shapes, check_tensor
-from czsl_heads.functional.gap import GapSums, gap_of_sums, gather_sums, unit_rows
+from czsl_heads.functional.gap import GapSums, gap_of_sums, gather_sums, wide_unit_rows
 
 
 class RelativeModalityGap(Metric):
@@ -56,7 +56,7 @@ class RelativeModalityGap(Metric):
         if texts is not None:
             check_tensor("texts", texts)
             check_shapes(texts=(texts, "texts dim"))
-            unit_rows("texts", texts)  # a zero vector is told here, not after the first epoch
+            wide_unit_rows("texts", texts)  # a zero vector is told here, not after the first epoch
             texts = texts.detach().clone()
         self.include_self = include_self
         self.register_buffer("texts", texts, persistent=False)
@@ -85,7 +85,7 @@ class RelativeModalityGap(Metric):
         """The gap of all samples so far, a scalar."""
         sums = {name: getattr(self, name) for name in self._defaults}
         if self.texts is not None:
-            sums.update(text_sum=unit_rows("texts", self.texts).sum(dim=0), num_texts=len(self.texts))
+            sums.update(text_sum=wide_unit_rows("texts", self.texts).sum(dim=0), num_texts=len(self.texts))
         return gap_of_sums(GapSums(**sums), include_self=self.include_self)
 
     def sync(

@@ -68,8 +68,10 @@ class SAC(nn.Module):
             :meth:`texts`.
         head: How tokens meet texts; ``SparseAlignHead("cls")`` is the baseline. Its ``logit_scale`` is taken as it is.
             Default: ``SparseAlignHead()`` with the encoder's scale.
-        condenser: Gathers the tokens to one vector (VAC); without it there is the alignment branch alone.
-        bank: Classifies that vector among those that it remembers; over the pairs of ``space``.
+        condenser: Gathers the tokens to one vector (VAC). ``True``: a new ``VACondenser(encoder.dim)``; ``False``:
+            none, and no bank: the alignment branch alone.
+        bank: Classifies that vector among those that it remembers; over the pairs of ``space``. ``True``: a new
+            :class:`~czsl_heads.DynamicMemoryBank` with the encoder's scale; ``False``: none.
         context, prompt_dropout: Of :class:`~czsl_heads.SoftPrompts`.
         fusion: ``"probs"`` scores a pair by p(pair) + p(attribute) p(object), as the paper prints it; ``"logits"`` by
             the pair's logit plus that product, as Troika's released code does. The bank then gives logits too.
@@ -84,10 +86,9 @@ class SAC(nn.Module):
 
     Example:
         >>> import torch
-        >>> from czsl_heads import CompositionSpace, DynamicMemoryBank, VACondenser, wrap
+        >>> from czsl_heads import CompositionSpace, wrap
         >>> space = CompositionSpace(["red", "blue"], ["circle"], seen=[("red", "circle")], unseen=[("blue", "circle")])
-        >>> encoder = wrap("tiny")
-        >>> sac = SAC(encoder, space, condenser=VACondenser(encoder.dim), bank=DynamicMemoryBank(2, encoder.dim)).eval()
+        >>> sac = SAC(wrap("tiny"), space).eval()
         >>> out = sac(torch.zeros(1, 3, 48, 48), sac.texts(space))
         >>> sac.adapt(out)  # remember this image under the pair that the condenser sees in it
         >>> out.scores.shape, int(sac.bank.counts.sum())
@@ -103,8 +104,8 @@ class SAC(nn.Module):
         space: CompositionSpace,
         *,
         head: nn.Module | None = None,
-        condenser: VACondenser | None = None,
-        bank: DynamicMemoryBank | None = None,
+        condenser: VACondenser | bool = True,
+        bank: DynamicMemoryBank | bool = True,
         context: str = "a photo of",
         prompt_dropout: float = 0.0,
         fusion: Fusion = "probs",
@@ -122,10 +123,18 @@ class SAC(nn.Module):
         self.encoder = encoder
         self.prompts = SoftPrompts(encoder, space, context=context, dropout=prompt_dropout)
         self.head = SparseAlignHead(logit_scale=encoder.logit_scale) if head is None else head
-        self.condenser = condenser
+        made = VACondenser(encoder.dim) if condenser is True else condenser
+        self.condenser = made if isinstance(made, VACondenser) else None
         self.condensed_head = SparseAlignHead("cls", logit_scale=encoder.logit_scale)  # its one vector is the [CLS]
         self.fusion, self.alpha, self.beta, self.gamma, self.direction = fusion, alpha, beta, gamma, direction
-        self.use_bank(bank, space)
+        if isinstance(bank, bool):
+            self.use_bank(self._new_bank(space) if bank and self.condenser is not None else None, space)
+        else:
+            self.use_bank(bank, space)
+
+    def _new_bank(self, space: CompositionSpace) -> DynamicMemoryBank:
+        scale, empty = self.condensed_head.logit_scale, "zero" if self.fusion == "logits" else "mask"
+        return DynamicMemoryBank(len(space), self.encoder.dim, logit_scale=scale, empty=empty)  # type: ignore[arg-type]
 
     def use_bank(self, bank: DynamicMemoryBank | None, space: CompositionSpace) -> None:
         """Take another memory bank, over the pairs of ``space``; None takes it away. Errors as in the constructor."""

@@ -60,12 +60,13 @@ def build_sac(
         )
     if options.patch_drop:
         drop_patches(encoder, options.patch_drop)
-    gathering = VACondenser(encoder.dim, depth=options.depth, dropout=options.condenser_dropout) if condenser else None
+    gathering = VACondenser(encoder.dim, depth=options.depth, dropout=options.condenser_dropout) if condenser else False
     return SAC(
         encoder,
         space,
         head=build_head(encoder, options, reduce),
         condenser=gathering,
+        bank=False,
         context=options.context,
         prompt_dropout=options.prompt_dropout,
         fusion=options.fusion,

@@ -22,7 +22,7 @@ def images() -> torch.Tensor:
 
 
 def test_logits_are_the_heads_and_scores_are_eq_13(space: CompositionSpace, images: torch.Tensor) -> None:
-    sac = SAC(wrap("tiny"), space)
+    sac = SAC(wrap("tiny"), space, condenser=False)
     texts = sac.texts(space)
     out = sac(images, texts)
     tokens = sac.encoder.encode_tokens(images)
@@ -34,13 +34,13 @@ def test_logits_are_the_heads_and_scores_are_eq_13(space: CompositionSpace, imag
 
 
 def test_the_default_head_scales_as_the_encoder_does(space: CompositionSpace, images: torch.Tensor) -> None:
-    sac = SAC(wrap("tiny"), space)
+    sac = SAC(wrap("tiny"), space, condenser=False)
     cosine = SparseAlignHead(logit_scale=1.0)(sac.encoder.encode_tokens(images), sac.texts(space).features.pairs)
     torch.testing.assert_close(sac(images, sac.texts(space)).sa.pairs, cosine * sac.encoder.logit_scale)
 
 
 def test_fusion_of_logits_adds_the_primitives_to_the_pair_logit(space: CompositionSpace, images: torch.Tensor) -> None:
-    sac = SAC(wrap("tiny"), space, fusion="logits")
+    sac = SAC(wrap("tiny"), space, condenser=False, fusion="logits")
     out = sac(images, sac.texts(space))
     added = out.scores - out.sa.pairs
     expected = combine(torch.zeros_like(out.sa.pairs), out.sa.attrs.softmax(1), out.sa.objs.softmax(1), space.pairs)
@@ -48,7 +48,7 @@ def test_fusion_of_logits_adds_the_primitives_to_the_pair_logit(space: Compositi
 
 
 def test_a_pair_has_the_same_logit_in_every_space(space: CompositionSpace, images: torch.Tensor) -> None:
-    sac = SAC(wrap("tiny"), space)
+    sac = SAC(wrap("tiny"), space, condenser=False)
     world = space.open_world()
     closed = sac(images, sac.texts(space)).sa.pairs
     opened = sac(images, sac.texts(world)).sa.pairs
@@ -56,7 +56,7 @@ def test_a_pair_has_the_same_logit_in_every_space(space: CompositionSpace, image
 
 
 def test_loss_is_the_sum_of_three_cross_entropies(space: CompositionSpace, images: torch.Tensor) -> None:
-    sac = SAC(wrap("tiny"), space)
+    sac = SAC(wrap("tiny"), space, condenser=False)
     train = space.subset(space.seen_mask)
     out = sac(images, sac.texts(train))
     target = torch.tensor([0, 1, 2, 1, 0])
@@ -68,7 +68,7 @@ def test_loss_is_the_sum_of_three_cross_entropies(space: CompositionSpace, image
 
 
 def test_only_prompts_train_on_a_frozen_encoder(space: CompositionSpace, images: torch.Tensor) -> None:
-    sac = SAC(wrap("tiny"), space)
+    sac = SAC(wrap("tiny"), space, condenser=False)
     out = sac(images, sac.texts(space))
     sac.losses(out, torch.arange(5))["loss"].backward()
     trained = {name for name, parameter in sac.named_parameters() if parameter.grad is not None}
@@ -83,7 +83,7 @@ def test_only_prompts_train_on_a_frozen_encoder(space: CompositionSpace, images:
 def test_wrong_arguments_raise(space: CompositionSpace, images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="expected `fusion` to be one of probs, logits, got 'sum'"):
         SAC(wrap("tiny"), space, fusion="sum")
-    sac = SAC(wrap("tiny"), space)
+    sac = SAC(wrap("tiny"), space, condenser=False)
     out = sac(images, sac.texts(space))
     with pytest.raises(ValueError, match="expected `stage` to be one of align, condense, joint"):
         sac.losses(out, torch.arange(5), stage="all")
@@ -92,7 +92,7 @@ def test_wrong_arguments_raise(space: CompositionSpace, images: torch.Tensor) ->
     with pytest.raises(ValueError, match="expected `out` in the label space of the bank, got no bank"):
         sac.adapt(out)
     with pytest.raises(ValueError, match="expected `bank` with a condenser"):
-        SAC(wrap("tiny"), space, bank=DynamicMemoryBank(len(space), 96))
+        SAC(wrap("tiny"), space, condenser=False, bank=DynamicMemoryBank(len(space), 96))
     for name, value in (("alpha", 1.1), ("beta", -0.1), ("gamma", -1.0)):
         with pytest.raises(ValueError, match=f"expected `{name}` to be "):
             SAC(wrap("tiny"), space, **{name: value})
@@ -204,3 +204,27 @@ def test_known_alignment_logits_are_taken_as_they_are(
     again = whole.compare(out.tokens, texts, sa=out.sa)
     assert again.sa is out.sa
     assert torch.equal(again.scores, out.scores)
+
+
+def test_all_branches_are_there_unless_they_are_left_out(space: CompositionSpace, images: torch.Tensor) -> None:
+    for fusion, empty in (("probs", "mask"), ("logits", "zero")):
+        sac = SAC(wrap("tiny"), space, fusion=fusion)
+        assert sac.bank.empty == empty
+        assert sac.bank.logit_scale == pytest.approx(float(sac.encoder.logit_scale))
+        out = sac(images, sac.texts(space))
+        sac.adapt(out)
+        assert None not in out
+        assert int(sac.bank.counts.sum()) == len(images)
+    out = SAC(wrap("tiny"), space, bank=False)(images, sac.texts(space))
+    assert out.bank is None
+    assert out.vac is not None
+    assert SAC(wrap("tiny"), space, condenser=False)(images, sac.texts(space)).vac is None
+
+
+def test_an_empty_bank_changes_no_order(space: CompositionSpace, images: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    sac = SAC(wrap("tiny"), space, bank=True)
+    texts = sac.texts(space)
+    with_bank = sac(images, texts).scores
+    sac.use_bank(None, space)
+    assert torch.equal(with_bank.argsort(dim=1), sac(images, texts).scores.argsort(dim=1))
