@@ -209,7 +209,7 @@ def test_a_full_folder_is_refused(tmp_path: Path, shapes_root: Path) -> None:
     ("arguments", "message"),
     [
         ({"seeds": 0}, "expected `seeds` to be at least 1, got 0"),
-        ({"first_seed": -1}, "expected `first_seed` to be at least 0, got -1"),
+        ({"first_seed": -1}, r"expected `first_seed` to be in \[0, 4294967295\], got -1"),
         ({"data": "here", "imbalance": 0.5}, 'expected `imbalance` with data="shapes" only'),
         ({"imbalance": 2.0}, "expected `imbalance` to be in"),
         ({"preset": "nothing"}, "expected `preset` to be one of"),
