@@ -59,7 +59,7 @@ def ablate(out: Path, **arguments: Any) -> int:
     from czsl_heads.report.table import ablation_markdown, print_ablation
     from czsl_heads.training.ablate import run_ablation
     from czsl_heads.training.config import configure
-    from czsl_heads.training.run import is_main_process
+    from czsl_heads.training.trainer import is_main_process
 
     results = run_ablation(out, configure(**arguments))
     if is_main_process():

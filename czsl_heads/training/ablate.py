@@ -19,9 +19,9 @@ from czsl_heads.training.config import AblationConfig
 from czsl_heads.training.evaluate import PROTOCOLS, WORLDS
 from czsl_heads.training.folder import open_folder
 from czsl_heads.training.plans import CLS, MAX, VAC, VAC_KL, RunPlan, carry_out
-from czsl_heads.training.run import is_main_process
 from czsl_heads.training.studies import run_study
 from czsl_heads.training.summary import paired_difference, spread, summary_of
+from czsl_heads.training.trainer import is_main_process
 
 RESULTS = "results.json"
 

@@ -19,8 +19,9 @@ from czsl_heads.data.shapes import make_shapes, shapes_space
 from czsl_heads.heads.sparse_align import Reduce
 from czsl_heads.space import CompositionSpace
 from czsl_heads.training.config import AblationConfig
-from czsl_heads.training.run import build_head, build_sac, check_trainer
+from czsl_heads.training.run import build_head, build_sac
 from czsl_heads.training.stage import check_validation
+from czsl_heads.training.trainer import check_trainer
 
 CONFIG = "config.json"
 # May differ when an ablation is taken up again: they decide which numbers there are, or how fast, but none of them.

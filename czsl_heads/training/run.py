@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -35,6 +27,15 @@ from czsl_heads.space import CompositionSpace
 from czsl_heads.training.evaluate import WORLDS, Evaluation, Readout, World, new_bank
 from czsl_heads.training.options import SACOptions
 from czsl_heads.training.stage import Stage
+from czsl_heads.training.trainer import (
+    BestWithin,
+    check_trainer,
+    fitting_trainer,
+    interruptible,
+    is_main_process,
+    quiet,
+    testing_trainer,
+)
 
 WEIGHTS, BANK, RECORD = "weights.safetensors", "bank.safetensors", "run.json"
 
@@ -90,35 +91,6 @@ def build_head(encoder: Encoder, options: SACOptions, reduce: Reduce) -> SparseA
     )
 
 
-class _Checkpoint(ModelCheckpoint):
-    """Of a folder that may be moved between two attempts: Lightning would forget then what was best."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-        here = {name: self._here(state_dict[name]) for name in paths}
-        best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **here, "best_k_models": best, "dirpath": self.dirpath})
-
-    def _here(self, path: str) -> str:
-        return str(Path(str(self.dirpath)) / Path(path).name) if path else path
-
-
-class _BestWithin(_Checkpoint):
-    """Keeps the best of the first epochs; later ones are trained for other rows of a table."""
-
-    def __init__(self, folder: Path, name: str, *, epochs: int) -> None:
-        super().__init__(folder, name, monitor="val/auc", mode="max", enable_version_counter=False)
-        self.epochs = epochs  # the trainer validates once an epoch: the flags that change that are refused
-
-    @property
-    def state_key(self) -> str:
-        return f"{super().state_key}, within {self.epochs} epochs"
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if trainer.current_epoch < self.epochs:
-            super().on_train_epoch_end(trainer, pl_module)
-
-
 def train_model(
     folder: Path,
     dataset: CompositionDataset,
@@ -167,11 +139,13 @@ def train_model(
     budgets = _budgets(options, stage, extra_epochs)
     learned = _learned(sac)
     module = Stage(sac, dataset, options, stage=stage, seed=seed)
-    checkpoints = [_BestWithin(folder / "checkpoints", name, epochs=epochs) for name, epochs in budgets.items()]
-    fitter = _trainer(folder, options, len(dataset.samples["train"]), checkpoints, max(budgets.values()), trainer or {})
+    checkpoints = [BestWithin(folder / "checkpoints", name, epochs=epochs) for name, epochs in budgets.items()]
+    fitter = fitting_trainer(
+        folder, options, len(dataset.samples["train"]), checkpoints, max(budgets.values()), trainer or {}
+    )
     last = folder / "checkpoints" / "last.ckpt"
     results = {}
-    with _quiet(), _interruptible():
+    with quiet(), interruptible():
         fitter.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
         for name, checkpoint in reversed([*zip(budgets, checkpoints)]):  # "best" comes last, and stays in the model
             best = torch.load(checkpoint.best_model_path, weights_only=True, map_location="cpu")
@@ -260,24 +234,9 @@ def evaluate_model(
     options = SACOptions(**record["options"])
     evaluation = Evaluation(load_run(folder), dataset, options, readouts, split=split, worlds=worlds)
     check_trainer(trainer or {})
-    with _quiet(), _interruptible():
-        flags = {**_SETTINGS, **(trainer or {}), "logger": False, "enable_checkpointing": False}
-        lightning.Trainer(**flags).test(evaluation, verbose=False)
+    with quiet(), interruptible():
+        testing_trainer(trainer or {}).test(evaluation, verbose=False)
     return evaluation
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Lightning answers Ctrl-C by leaving Python."""
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that writes results; Lightning starts several for several devices."""
-    return int(rank_zero_only.rank) == 0  # type: ignore[attr-defined]
 
 
 def load_run(folder: Path) -> SAC:
@@ -336,66 +295,3 @@ def _recorded_space(record: dict[str, Any]) -> CompositionSpace:
     pairs = [(attr, obj) for attr, obj in record["pairs"]]
     seen, unseen = ([pair for pair, mark in zip(pairs, record["seen"]) if mark is kind] for kind in (True, False))
     return CompositionSpace(record["attributes"], record["objects"], seen=seen, unseen=unseen).subset(pairs)
-
-
-_SETTINGS: dict[str, Any] = {
-    "devices": 1,
-    "num_sanity_val_steps": 0,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,  # ours is seeded by epoch, and evaluation stays whole in every process
-}
-
-
-def check_trainer(flags: dict[str, Any]) -> None:
-    """Raise ValueError if ``lightning.Trainer`` does not take these flags here."""
-    try:
-        with _quiet():
-            lightning.Trainer(**{**_SETTINGS, **flags}, logger=False, enable_checkpointing=False)
-    except (TypeError, ValueError, MisconfigurationException) as error:
-        raise ValueError(
-            f"expected `trainer` to hold flags that lightning.Trainer takes, got {flags}: {error}"
-        ) from error
-
-
-def _trainer(
-    folder: Path,
-    options: SACOptions,
-    images: int,
-    best: Sequence[ModelCheckpoint],
-    epochs: int,
-    flags: dict[str, Any],
-) -> lightning.Trainer:
-    steps = math.ceil(images / options.batch_size)
-    settings = {**_SETTINGS, **flags, "max_epochs": epochs, "log_every_n_steps": min(10, steps)}
-    # The last of the callbacks, so that it holds the state of the others.
-    last = _Checkpoint(folder / "checkpoints", "last", enable_version_counter=False)
-    with _quiet():
-        # Each attempt gets its own log folder: what an interrupted one logged is kept.
-        loggers = [CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")]
-        return lightning.Trainer(**settings, callbacks=[*best, last], logger=loggers)
-
-
-_UNASKED = (
-    "does not have many workers",
-    "GPU available but not used",
-    "sync_dist=True",  # every process evaluates everything
-    "smaller than the logging interval",
-    "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
-    "LeafSpec.*is deprecated",
-    "Found .* module\\(s\\) in eval mode",  # those that are frozen
-)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's advice on what is decided here, and its notes on the hardware."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            for words in _UNASKED:
-                warnings.filterwarnings("ignore", message=f".*{words}")
-            yield
-    finally:
-        logger.setLevel(level)

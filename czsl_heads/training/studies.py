@@ -14,8 +14,9 @@ from czsl_heads.training.config import AblationConfig
 from czsl_heads.training.evaluate import BankPlan, Readout
 from czsl_heads.training.options import SACOptions
 from czsl_heads.training.plans import CLS, MAX, VAC, VAC_KL, RunPlan, carry_out
-from czsl_heads.training.run import as_dicts, evaluate_model, is_main_process
+from czsl_heads.training.run import as_dicts, evaluate_model
 from czsl_heads.training.summary import numbers_of, spread, summary_of
+from czsl_heads.training.trainer import is_main_process
 
 Value = float | str
 

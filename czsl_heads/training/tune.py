@@ -12,7 +12,8 @@ from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.training.evaluate import BankPlan, Readout
 from czsl_heads.training.options import SACOptions
 from czsl_heads.training.plans import VAC_KL
-from czsl_heads.training.run import RECORD, evaluate_model, is_main_process
+from czsl_heads.training.run import RECORD, evaluate_model
+from czsl_heads.training.trainer import is_main_process
 
 TUNED = "tune.json"
 BETAS = tuple(step / 10 for step in range(11))

@@ -14,7 +14,8 @@ from czsl_heads.data import CompositionDataset
 from czsl_heads.functional import czsl_scores, fuse, relative_modality_gap
 from czsl_heads.training.evaluate import BankPlan, Evaluation, Readout
 from czsl_heads.training.options import SACOptions
-from czsl_heads.training.run import _quiet, load_run
+from czsl_heads.training.run import load_run
+from czsl_heads.training.trainer import quiet
 
 PLAN = BankPlan(3)
 READOUTS = {
@@ -33,7 +34,7 @@ def run(sac: SAC, dataset: CompositionDataset, options: SACOptions, readouts=REA
     trainer = lightning.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, devices=1
     )
-    with _quiet():
+    with quiet():
         trainer.test(evaluation, verbose=False)
     return evaluation
 
@@ -113,7 +114,7 @@ def test_every_pass_starts_from_the_same_bank(
         for world, result in worlds.items():
             assert torch.equal(result["exact"].curve, evaluation.results[name][world]["exact"].curve)
     # the same module, tested twice
-    with _quiet():
+    with quiet():
         again.trainer.test(again, verbose=False)
     assert again.results["adapted"]["open"]["exact"].auc == evaluation.results["adapted"]["open"]["exact"].auc
 

@@ -12,8 +12,9 @@ from czsl_heads.training import stage as stage_module
 from czsl_heads.training.cache import encode_images
 from czsl_heads.training.loaders import eval_loader
 from czsl_heads.training.options import SACOptions
-from czsl_heads.training.run import _quiet, load_run
+from czsl_heads.training.run import load_run
 from czsl_heads.training.stage import Stage
+from czsl_heads.training.trainer import quiet
 
 
 def fit(module: Stage, **flags) -> None:
@@ -29,7 +30,7 @@ def fit(module: Stage, **flags) -> None:
         use_distributed_sampler=False,
         **flags,
     )
-    with _quiet():
+    with quiet():
         trainer.fit(module)
 
 

@@ -1,0 +1,130 @@
+"""Lightning as it is used here: its trainer, its checkpoints, and which of its words are let through."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from czsl_heads.training.options import SACOptions
+
+_SETTINGS: dict[str, Any] = {
+    "devices": 1,
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,  # ours is seeded by epoch, and evaluation stays whole in every process
+}
+
+
+class _Checkpoint(ModelCheckpoint):
+    """Of a folder that may be moved between two attempts: Lightning would forget then what was best."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+        here = {name: self._here(state_dict[name]) for name in paths}
+        best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict({**state_dict, **here, "best_k_models": best, "dirpath": self.dirpath})
+
+    def _here(self, path: str) -> str:
+        return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+
+class BestWithin(_Checkpoint):
+    """Keeps the best of the first epochs; later ones are trained for other rows of a table."""
+
+    def __init__(self, folder: Path, name: str, *, epochs: int) -> None:
+        super().__init__(folder, name, monitor="val/auc", mode="max", enable_version_counter=False)
+        self.epochs = epochs  # the trainer validates once an epoch: the flags that change that are refused
+
+    @property
+    def state_key(self) -> str:
+        return f"{super().state_key}, within {self.epochs} epochs"
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.current_epoch < self.epochs:
+            super().on_train_epoch_end(trainer, pl_module)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes results; Lightning starts several for several devices."""
+    return int(rank_zero_only.rank) == 0  # type: ignore[attr-defined]
+
+
+def testing_trainer(flags: dict[str, Any]) -> lightning.Trainer:
+    """A trainer that writes nothing."""
+    return lightning.Trainer(**{**_SETTINGS, **flags, "logger": False, "enable_checkpointing": False})
+
+
+def check_trainer(flags: dict[str, Any]) -> None:
+    """Raise ValueError if ``lightning.Trainer`` does not take these flags here."""
+    try:
+        with quiet():
+            testing_trainer(flags)
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ValueError(
+            f"expected `trainer` to hold flags that lightning.Trainer takes, got {flags}: {error}"
+        ) from error
+
+
+def fitting_trainer(
+    folder: Path,
+    options: SACOptions,
+    images: int,
+    best: Sequence[ModelCheckpoint],
+    epochs: int,
+    flags: dict[str, Any],
+) -> lightning.Trainer:
+    """A trainer of a run in ``folder`` over so many ``images``: it logs, and keeps the ``best`` and the last epoch."""
+    steps = math.ceil(images / options.batch_size)
+    settings = {**_SETTINGS, **flags, "max_epochs": epochs, "log_every_n_steps": min(10, steps)}
+    # The last of the callbacks, so that it holds the state of the others.
+    last = _Checkpoint(folder / "checkpoints", "last", enable_version_counter=False)
+    with quiet():
+        # Each attempt gets its own log folder: what an interrupted one logged is kept.
+        loggers = [CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")]
+        return lightning.Trainer(**settings, callbacks=[*best, last], logger=loggers)
+
+
+_UNASKED = (
+    "does not have many workers",
+    "GPU available but not used",
+    "sync_dist=True",  # every process evaluates everything
+    "smaller than the logging interval",
+    "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
+    "LeafSpec.*is deprecated",
+    "Found .* module\\(s\\) in eval mode",  # those that are frozen
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's advice on what is decided here, and its notes on the hardware."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for words in _UNASKED:
+                warnings.filterwarnings("ignore", message=f".*{words}")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Lightning answers Ctrl-C by leaving Python."""
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
