@@ -1,19 +1,16 @@
-"""A memory of the most certain vectors of every pair: what stays (best-N by entropy) and how it is read."""
+"""What a memory of the most certain vectors of every pair keeps: the best N by entropy."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from czsl_heads._checks import check_choice, check_integer, check_positive, check_shapes, check_tensor
-from czsl_heads.functional.precision import no_autocast, score_dtype
+from czsl_heads._checks import check_integer, check_shapes, check_tensor
+from czsl_heads.functional.precision import score_dtype
 
-Empty = Literal["mask", "zero"]
-Sources = Sequence[tuple[Tensor, Tensor]]
+# Columns that a CPU holds in its cache for a batch of usual size, where all pairs of an open world would not fit.
+CACHED_COLUMNS = 2048
 
 
 def merge_best(pair_index: Tensor, entropy: Tensor, *, num_pairs: int, slots: int) -> Tensor:
@@ -43,6 +40,28 @@ def merge_best(pair_index: Tensor, entropy: Tensor, *, num_pairs: int, slots: in
     References:
         Zhang et al., SAM, CVPR 2026 (SAC), Eq. 9.
     """
+    order, stays = rank_best(pair_index, entropy, num_pairs=num_pairs, slots=slots)
+    return order[stays]
+
+
+def rank_best(pair_index: Tensor, entropy: Tensor, *, num_pairs: int, slots: int) -> tuple[Tensor, Tensor]:
+    """All entries as :func:`merge_best` sorts them, and which of these it chooses.
+
+    The shapes do not depend on values, so that a GPU need not be waited for.
+
+    Args:
+        pair_index, entropy, num_pairs, slots: As in :func:`merge_best`.
+
+    Returns:
+        Indices sorted by pair, entropy and arrival, long ``[entries]``, and a bool for each of them ``[entries]``.
+
+    Raises:
+        TypeError, ValueError: As :func:`merge_best`.
+
+    Example:
+        >>> rank_best(torch.tensor([1, 0, 1]), torch.tensor([0.5, 0.9, 0.1]), num_pairs=2, slots=1)
+        (tensor([1, 2, 0]), tensor([ True,  True, False]))
+    """
     check_tensor("pair_index", pair_index, dtypes=(torch.long,))
     check_tensor("entropy", entropy)
     check_shapes(pair_index=(pair_index, "entries"), entropy=(entropy, "entries"))
@@ -51,7 +70,7 @@ def merge_best(pair_index: Tensor, entropy: Tensor, *, num_pairs: int, slots: in
     order = entropy.argsort(stable=True)
     order = order[pair_index[order].argsort(stable=True)]
     pair_index = pair_index[order]
-    return order[(_sorted_ranks(pair_index) < slots) & (pair_index < num_pairs)]
+    return order, (_sorted_ranks(pair_index) < slots) & (pair_index < num_pairs)
 
 
 def arrival_ranks(pair_index: Tensor) -> Tensor:
@@ -67,8 +86,12 @@ def arrival_ranks(pair_index: Tensor) -> Tensor:
 
 def _sorted_ranks(pair_index: Tensor) -> Tensor:
     position = torch.arange(len(pair_index), device=pair_index.device)
-    begins = F.pad(pair_index[1:] != pair_index[:-1], (1, 0), value=True)[: len(pair_index)]
-    return position - (position * begins).cummax(dim=0).values
+    return position - (position * begins(pair_index)).cummax(dim=0).values
+
+
+def begins(pair_index: Tensor) -> Tensor:
+    """Which of sorted entries are the first of their pair."""
+    return F.pad(pair_index[1:] != pair_index[:-1], (1, 0), value=True)[: len(pair_index)]
 
 
 def row_counts(pair_index: Tensor, num_pairs: int) -> Tensor:
@@ -102,8 +125,34 @@ def prediction_entropy(probs: Tensor) -> Tensor:
         tensor([0.6931, 0.0000])
     """
     check_tensor("probs", probs)
-    check_integer("probs.shape[1]", check_shapes(probs=(probs, "batch pairs"))["pairs"], 1)
-    return _row_sums_in_place(torch.special.entr(probs.to(score_dtype(probs))))
+    size = check_shapes(probs=(probs, "batch pairs"))["pairs"]
+    check_integer("probs.shape[1]", size, 1)
+    dtype = score_dtype(probs)
+    width = min(size, CACHED_COLUMNS) if probs.device.type == "cpu" else size
+    total = torch.zeros(len(probs), width, dtype=dtype, device=probs.device)
+    for columns in probs.split(width, dim=1):
+        if columns.shape[1] < width:
+            columns = F.pad(columns, (0, width - columns.shape[1]))
+        columns = columns.to(dtype)
+        total = torch.addcmul(total, columns, columns.clamp(min=torch.finfo(dtype).tiny).log(), value=-1)
+    return _row_sums_in_place(total)
+
+
+def first_argmax(probs: Tensor) -> Tensor:
+    """The first column of the largest value in each row, long ``[batch]``, as ``probs.argmax(dim=1)`` finds it.
+
+    Of maxima over blocks of columns, which are vectorised on a CPU where the search for an index is not.
+
+    Example:
+        >>> first_argmax(torch.tensor([[0.1, 0.4, 0.1, 0.4]]))
+        tensor([1])
+    """
+    width = min(probs.shape[1], CACHED_COLUMNS)
+    blocks = torch.stack([columns.amax(dim=1) for columns in probs.split(width, dim=1)], dim=1)
+    start = width * blocks.argmax(dim=1, keepdim=True)
+    # Past the end the last column stands again; it is not the first of equals.
+    columns = (start + torch.arange(width, device=probs.device)).clamp(max=probs.shape[1] - 1)
+    return (start + probs.gather(1, columns).argmax(dim=1, keepdim=True)).squeeze(1)
 
 
 def unit_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,199 +187,3 @@ def _row_sums_in_place(values: Tensor) -> Tensor:
         values[:, : size - half] += values[:, half:size]
         size = half
     return values[:, 0].clone()
-
-
-def retrieve(
-    features: Tensor,
-    sources: Sources,
-    *,
-    num_pairs: int,
-    slots: int,
-    temperature: float = 0.1,
-    empty: Empty = "mask",
-    normalize: bool = False,
-) -> Tensor:
-    r"""Inner product of each feature with the prototype that it retrieves from the entries of each pair.
-
-    With :math:`s_j = \langle f, B_{ij} \rangle` for the entries of pair :math:`i`,
-
-    .. math:: w = \mathrm{softmax}_j(s_j / T), \qquad \langle f, \textstyle\sum_j w_j B_{ij} \rangle = \sum_j w_j s_j
-
-    so that no prototype is built. On CUDA sums over a row are atomic, and repeat their bits only under
-    :func:`torch.use_deterministic_algorithms`.
-
-    Args:
-        features: ``[batch, dim]``; any norm.
-        sources: Where entries lie: blocks ``(vectors [entries, dim], pair_index [entries])``, the vectors of unit
-            length, in any order, together at most ``slots`` a pair; index ``num_pairs`` marks an entry as unused.
-        num_pairs: How many pairs there are.
-        slots: Entries that a pair can have.
-        temperature: :math:`T`, in units of cosine.
-        empty: What free slots are. ``"mask"``: nothing, and a pair without entries scores -inf, unless all are without:
-            then all score 0. ``"zero"``: zero vectors, which take part in the softmax and draw the score towards 0.
-        normalize: Divide by the length of the prototype, taken as at least the root of the machine's precision. Zero
-            vectors do not turn a prototype, so ``empty`` then matters to pairs without entries only.
-
-    Returns:
-        Scores ``[batch, num_pairs]``, cosines if ``normalize``; float64 if ``features`` or vectors are, else float32.
-
-    Raises:
-        TypeError: A tensor or option is of the wrong kind.
-        ValueError: The shapes do not fit, or an option is out of range.
-
-    Example:
-        >>> entries = torch.eye(2), torch.tensor([0, 2])
-        >>> retrieve(torch.tensor([[0.6, 0.8]]), [entries], num_pairs=3, slots=1)
-        tensor([[0.6000,   -inf, 0.8000]])
-
-    References:
-        Zhang et al., SAM, CVPR 2026 (SAC), Eq. 10; free slots as zero vectors are the paper's.
-    """
-    _check_retrieval(features, sources, num_pairs, slots, temperature, empty)
-    with no_autocast(features.device):
-        weights, cosines, pair_index = _attend(features, sources, num_pairs, slots, temperature, empty, normalize)
-        scores = _sum_by_pair(weights * cosines, pair_index, num_pairs)
-        if normalize:
-            scores = scores / _lengths(weights, sources, pair_index, num_pairs, slots)
-    scores = scores[:, :num_pairs]
-    if empty == "mask":
-        vacant = row_counts(pair_index, num_pairs)[:num_pairs] == 0
-        scores = scores.masked_fill(vacant & ~vacant.all(), -torch.inf)
-    return scores
-
-
-def retrieve_prototypes(
-    features: Tensor,
-    sources: Sources,
-    pair_index: Tensor,
-    *,
-    num_pairs: int,
-    slots: int,
-    temperature: float = 0.1,
-    empty: Empty = "mask",
-    normalize: bool = False,
-) -> Tensor:
-    """Build the prototypes whose products with the features are the scores of :func:`retrieve`.
-
-    Args:
-        features: ``[batch, dim]``; any norm.
-        sources: As in :func:`retrieve`.
-        pair_index: Which pairs' prototypes to build, long ``[pairs]``, each in ``[0, num_pairs)``.
-        num_pairs: As in :func:`retrieve`, and so are the other options.
-        slots: See there.
-        temperature: See there.
-        empty: See there.
-        normalize: See there.
-
-    Returns:
-        ``[batch, pairs, dim]``; zeros for pairs without entries.
-
-    Raises:
-        TypeError, ValueError: As :func:`retrieve`.
-
-    Example:
-        >>> entries = torch.eye(2), torch.tensor([0, 2])
-        >>> retrieve_prototypes(torch.ones(1, 2), [entries], torch.tensor([2, 1]), num_pairs=3, slots=1)
-        tensor([[[0., 1.],
-                 [0., 0.]]])
-    """
-    _check_retrieval(features, sources, num_pairs, slots, temperature, empty)
-    check_tensor("pair_index", pair_index, dtypes=(torch.long,))
-    check_shapes(pair_index=(pair_index, "pairs"))
-    with no_autocast(features.device):
-        weights, _, pair_of = _attend(features, sources, num_pairs, slots, temperature, empty, normalize)
-        counts = row_counts(pair_of, num_pairs)
-        rank = torch.arange(slots, device=pair_of.device)
-        position = (counts.cumsum(0) - counts)[pair_index][:, None] + rank  # [pairs, slots], among entries by pair
-        # One entry more, of weight zero, stands for free slots.
-        nothing = pair_of.shape[0]
-        position = torch.where(rank < counts[pair_index][:, None], position, nothing)
-        entry = F.pad(pair_of.argsort(stable=True), (0, 1), value=nothing)[position]
-        vectors = _take(sources, entry).to(weights.dtype)
-        prototypes = torch.einsum("bcn,cnd->bcd", F.pad(weights, (0, 1))[:, entry], vectors)
-        return prototypes / _safe_root(prototypes.square().sum(dim=-1, keepdim=True)) if normalize else prototypes
-
-
-def _check_retrieval(
-    features: Tensor, sources: Sources, num_pairs: int, slots: int, temperature: float, empty: Empty
-) -> None:
-    check_tensor("features", features)
-    for vectors, pair_index in sources:
-        check_tensor("vectors", vectors)
-        check_tensor("pair_index", pair_index, dtypes=(torch.long,))
-        check_shapes(
-            features=(features, "batch dim"), vectors=(vectors, "entries dim"), pair_index=(pair_index, "entries")
-        )
-    if not sources:
-        raise ValueError("expected `sources` to be at least one block of entries, got none")
-    check_integer("num_pairs", num_pairs, 1)
-    check_integer("slots", slots, 1)
-    check_positive("temperature", temperature)
-    check_choice("empty", empty, ("mask", "zero"))
-
-
-def _attend(
-    features: Tensor,
-    sources: Sources,
-    num_pairs: int,
-    slots: int,
-    temperature: float,
-    empty: Empty,
-    normalize: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight of each entry in its pair's softmax, its cosine, both ``[batch, entries]``, and the pair of each."""
-    dtype = score_dtype(features, *(vectors for vectors, _ in sources))
-    features = F.normalize(features.to(dtype), dim=-1)
-    cosines = torch.cat([features @ vectors.to(dtype).mT for vectors, _ in sources], dim=1)
-    pair_index = torch.cat([pair_index for _, pair_index in sources])
-    counts = row_counts(pair_index, num_pairs)
-    # Divided by their length, prototypes with and without zero vectors are equal; without, they are never tiny.
-    dilute = empty == "zero" and not normalize
-    zeros = (slots - counts).clamp(min=0) if dilute else torch.zeros_like(counts)
-    return _softmax_by_pair(cosines / temperature, pair_index, zeros), cosines, pair_index
-
-
-def _softmax_by_pair(scores: Tensor, pair_index: Tensor, zeros: Tensor) -> Tensor:
-    """Softmax over the entries of a pair and, beside them, ``zeros[pair]`` scores of 0."""
-    floor = torch.zeros_like(zeros, dtype=scores.dtype).masked_fill(zeros == 0, -torch.inf)
-    peak = floor.repeat(scores.shape[0], 1).scatter_reduce(1, pair_index.expand_as(scores), scores.detach(), "amax")
-    weights = (scores - peak[:, pair_index]).exp()
-    # Where there are zeros the peak is not negative, so that the clamp only keeps inf from the other rows.
-    total = (zeros * (-peak.clamp(min=0)).exp()).index_add(1, pair_index, weights)
-    return weights / total[:, pair_index]
-
-
-def _sum_by_pair(values: Tensor, pair_index: Tensor, num_pairs: int) -> Tensor:
-    return values.new_zeros(values.shape[0], num_pairs + 1).index_add(1, pair_index, values)
-
-
-def _lengths(weights: Tensor, sources: Sources, pair_index: Tensor, num_pairs: int, slots: int) -> Tensor:
-    """Length of each prototype from the products of its entries, without a prototype of each sample and pair."""
-    order = pair_index.argsort(stable=True)
-    weights, pair_index, vectors = weights[:, order], pair_index[order], _take(sources, order).to(weights.dtype)
-    squared = _sum_by_pair(weights.square() * vectors.square().sum(dim=1), pair_index, num_pairs)
-    for step in range(
-        1, min(slots, pair_index.shape[0])
-    ):  # entries of one pair are neighbours, less than `slots` apart
-        products = (vectors[:-step] * vectors[step:]).sum(dim=1) * (pair_index[:-step] == pair_index[step:])
-        both = 2 * weights[:, :-step] * weights[:, step:] * products
-        squared = squared + _sum_by_pair(both, pair_index[step:], num_pairs)
-    return _safe_root(squared)
-
-
-def _safe_root(squared: Tensor) -> Tensor:
-    return squared.clamp(min=torch.finfo(squared.dtype).eps).sqrt()
-
-
-def _take(sources: Sources, entry: Tensor) -> Tensor:
-    """Rows of the blocks as if concatenated, which would copy them; zeros for the index after the last."""
-    dtype = score_dtype(*(vectors for vectors, _ in sources))
-    rows = torch.zeros(*entry.shape, sources[0][0].shape[1], dtype=dtype, device=entry.device)
-    first = 0
-    for vectors, _ in sources:
-        inside = (entry >= first) & (entry < first + len(vectors))
-        if len(vectors) > 0:
-            found = vectors[(entry - first).clamp(0, len(vectors) - 1)].to(dtype)
-            rows = torch.where(inside[..., None], found, rows)
-        first += len(vectors)
-    return rows

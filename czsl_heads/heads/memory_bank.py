@@ -7,21 +7,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from czsl_heads._checks import check_choice, check_integer, check_positive, check_shapes, check_tensor
 from czsl_heads.functional.bank import (
-    Empty,
     arrival_ranks,
+    first_argmax,
     merge_best,
     prediction_entropy,
-    retrieve,
-    retrieve_prototypes,
+    rank_best,
     row_counts,
     unit_rows,
 )
 from czsl_heads.functional.precision import score_dtype
+from czsl_heads.functional.retrieval import Empty, PairTexts, retrieve, retrieve_prototypes
+
+STATE = ("sizes", "features", "entropy", "pair", "count", "texts", "text_pair", "text_rank", "num_rejected")
 
 
 class DynamicMemoryBank(nn.Module):
@@ -33,8 +34,9 @@ class DynamicMemoryBank(nn.Module):
     vectors were cut into batches, and in whichever order they came if no two entropies of a pair are equal. What is
     predicted on the way is not.
 
-    Only what is stored takes memory: images in buffers whose length is a power of two, sorted by (pair, entropy,
-    arrival), unused rows at the end; texts as they were given.
+    Only what is stored takes memory: images in a table that grows by an eighth when it is full, texts as they were
+    given. Beside the product of features and texts, reading costs what the rows with images cost. An update writes new
+    vectors into free places of the table, and moves no others.
 
     Args:
         num_pairs: How many pairs there are.
@@ -53,8 +55,13 @@ class DynamicMemoryBank(nn.Module):
         float64 (as such); any norm.
 
     Reading never writes; :meth:`update`, :meth:`fill_texts` and :meth:`reset` do, eagerly: an exported bank is a frozen
-    one. Writing replaces buffers and changes none in place, so a ``state_dict`` stays what it was. A dtype move rounds
-    the vectors, but not the entropies, which say who is better. Loading takes over the sizes of what is loaded.
+    one. Writing spoils no backward pass. A ``state_dict`` is a copy, sorted by (pair, entropy, arrival), and equal for
+    banks that hold the same. A dtype move rounds the vectors, but not the entropies, which say who is better. Loading
+    takes over the sizes of what is loaded.
+
+    On a GPU an update waits for nothing but now and then for the number of entries, when it might have to grow. A wrong
+    value in its arguments is therefore told then, or when something else asks for a number (``counts``, the state);
+    its batch is not stored.
 
     Raises:
         ValueError: An option is unknown or out of range; in ``forward``, shapes that do not fit; in
@@ -79,10 +86,13 @@ class DynamicMemoryBank(nn.Module):
     features: Tensor
     entropy: Tensor
     pair: Tensor
+    arrival: Tensor
     count: Tensor
     texts: Tensor
     text_pair: Tensor
     text_rank: Tensor
+    text_row: Tensor
+    extra_text: Tensor
     num_rejected: Tensor
 
     def __init__(
@@ -111,6 +121,8 @@ class DynamicMemoryBank(nn.Module):
         self.register_buffer("features", torch.zeros(0, dim))
         for name in ("entropy", "pair", "count", "texts", "text_pair", "text_rank", "num_rejected"):
             self.register_buffer(name, None)
+        for name in ("arrival", "text_row", "extra_text"):  # which can be told from the others
+            self.register_buffer(name, None, persistent=False)
         self.reset()
 
     def reset(self) -> None:
@@ -118,24 +130,28 @@ class DynamicMemoryBank(nn.Module):
         self.features = self.features.new_zeros(0, self.dim)
         self.texts = self.features.new_zeros(0, self.dim)
         self.entropy = self.features.new_zeros(0, dtype=torch.float32)
-        for name, shape in (
-            ("pair", (0,)),
-            ("text_pair", (0,)),
-            ("text_rank", (0,)),
-            ("count", ()),
-            ("num_rejected", ()),
-        ):
-            setattr(self, name, self.features.new_zeros(shape, dtype=torch.long))
+        for name in ("pair", "arrival", "text_pair", "text_rank", "text_row", "extra_text"):
+            setattr(self, name, self.features.new_zeros(0, dtype=torch.long))
+        for name in ("count", "num_rejected"):
+            setattr(self, name, self.features.new_zeros((), dtype=torch.long))
+        self._own_table(0)
+
+    def _own_table(self, bound: int, *, owned: bool = True, arrivals: int = 0) -> None:
+        # At most so many entries are stored; whether the table is nobody else's; how many vectors were offered so far.
+        self._bound, self._owned, self._arrivals = bound, owned, arrivals
+        self._fault: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
         """Entries of each row, images and those texts that are not displaced: long ``[pairs]``."""
-        stored = torch.cat([pair_index for _, pair_index in self._sources()])
-        return row_counts(stored, self.num_pairs)[: self.num_pairs]
+        self._tell_fault()
+        images = row_counts(self.pair, self.num_pairs)
+        kept = images[self.text_pair] + self.text_rank < self.slots
+        return images.index_add(0, self.text_pair, kept.long())[: self.num_pairs]
 
     def forward(self, features: Tensor) -> Tensor:
         self._check_rows("features", features)
-        return self.logit_scale * retrieve(features, self._sources(), **self._options())
+        return retrieve(features, **self._entries(features), **self._options()).mul_(self.logit_scale)
 
     def prototypes(self, features: Tensor, pair_index: Tensor) -> Tensor:
         """What ``features`` retrieve from the rows of some pairs; their product is the logit, but for the scale.
@@ -154,7 +170,7 @@ class DynamicMemoryBank(nn.Module):
         check_tensor("pair_index", pair_index, dtypes=(torch.long,))
         check_shapes(pair_index=(pair_index, "pairs"))
         pair_index = self._check_index(pair_index)
-        return retrieve_prototypes(features, self._sources(), pair_index, **self._options())
+        return retrieve_prototypes(features, pair_index=pair_index, **self._entries(features), **self._options())
 
     def fill_texts(self, texts: Tensor, pair_index: Tensor) -> None:
         """Add text vectors to rows, behind their images and earlier texts; where there is no room, they stay out.
@@ -182,7 +198,18 @@ class DynamicMemoryBank(nn.Module):
             if not kept.all():
                 texts, pair_index, rank = texts[kept], pair_index[kept], rank[kept]
             self.texts, self.text_pair, self.text_rank = texts, pair_index, rank
+            self._index_texts()
             self.num_rejected = self.num_rejected + (~directed).sum()
+
+    def _index_texts(self) -> None:
+        """Find each pair's first text; where one stands for each pair, in order, there is nothing to look up."""
+        first = self.text_rank == 0
+        self.extra_text = (~first).nonzero().squeeze(1)
+        self.text_row = self.text_pair.new_zeros(0)
+        every = torch.arange(self.num_pairs, device=self.text_pair.device)
+        if len(self.texts) > 0 and not torch.equal(self.text_pair, every):
+            row = torch.arange(len(self.texts), device=every.device)
+            self.text_row = torch.full_like(every, -1).scatter(0, self.text_pair[first], row[first])
 
     def update(self, features: Tensor, probs: Tensor, *, pair_index: Tensor | None = None) -> None:
         """Offer image vectors to the rows of the pairs that they are predicted to be.
@@ -206,27 +233,66 @@ class DynamicMemoryBank(nn.Module):
         check_shapes(features=(features, "batch dim"), probs=(probs, f"batch {self.num_pairs}"))
         # Outside of inference mode, or the bank could be part of no backward pass afterwards.
         with torch.inference_mode(False), torch.no_grad():
-            pair_index = probs.argmax(dim=1) if pair_index is None else self._check_index(pair_index)
+            rows = first_argmax(probs) if pair_index is None else pair_index.to(probs.device)
+            finite, fault = self._find_fault(probs, rows)
+            self._fault = fault if self._fault is None else torch.where(self._fault[0] > 0, self._fault, fault)
+            if fault.device.type == "cpu":
+                self._tell_fault()
             vectors, directed = unit_rows(features)
-            stored = directed & self._check_probs(probs)
-            self._insert(vectors, pair_index.masked_fill(~stored, self.num_pairs), prediction_entropy(probs))
-            self.num_rejected = self.num_rejected + (~stored).sum()
+            stored = (directed & finite & (fault[0] == 0)).to(self.features.device)
+            rows = rows.to(stored.device).where(stored, self.num_pairs)
+            self._insert(vectors.to(self.features), rows, prediction_entropy(probs).to(stored.device))
+            self.num_rejected = self.num_rejected + (~stored).sum() * (fault[0] == 0)
 
     def _insert(self, vectors: Tensor, pair_index: Tensor, entropy: Tensor) -> None:
-        # Behind everything a blank row, which fills up what is not used.
-        pair = torch.cat([self.pair, pair_index, self.pair.new_full((1,), self.num_pairs)])
-        entropy = torch.cat([self.entropy, entropy, self.entropy.new_zeros(1)])
-        features = torch.cat([self.features, vectors.to(self.features.dtype), self.features.new_zeros(1, self.dim)])
-        best = merge_best(pair, entropy, num_pairs=self.num_pairs, slots=self.slots)
-        capacity = 1 << (len(best) - 1).bit_length() if len(best) > 0 else 0
-        self.count = torch.full_like(self.count, len(best))
-        best = F.pad(best, (0, capacity - len(best)), value=len(pair) - 1)
-        self.features, self.entropy, self.pair = features[best], entropy[best], pair[best]
+        """Merge new entries into the table, all shapes known beforehand."""
+        self._make_room(len(vectors))
+        size = len(self.pair)
+        pair, entropy = torch.cat([self.pair, pair_index]), torch.cat([self.entropy, entropy])
+        arrival = torch.cat([self.arrival, self._arrivals + torch.arange(len(vectors), device=pair.device)])
+        self._arrivals += len(vectors)
+        in_time = arrival.argsort()
+        order, stays = rank_best(pair[in_time], entropy[in_time], num_pairs=self.num_pairs, slots=self.slots)
+        stays = torch.empty_like(stays).scatter(0, in_time[order], stays)
+        # Those that stay come first among the new, and go to places that are free or become so. Further ones may meet
+        # a place in use, and leave it as it is.
+        new = size + (~stays[size:]).argsort(stable=True)[:size]
+        place = stays[:size].argsort(stable=True)[: len(new)]
+        source = torch.where(stays[new], new, place)
+        pair = pair.where(stays, self.num_pairs)
+        self.pair, self.entropy, self.arrival = (
+            each[:size].scatter(0, place, each[source]) for each in (pair, entropy, arrival)
+        )
+        kept = stays[new][:, None]
+        self.features.index_copy_(0, place, torch.where(kept, vectors[new - size], self.features[place]))
+        self.count = (self.pair < self.num_pairs).sum()
 
-    def _sources(self) -> list[tuple[Tensor, Tensor]]:
-        images = row_counts(self.pair, self.num_pairs)
-        displaced = images[self.text_pair] + self.text_rank >= self.slots
-        return [(self.features, self.pair), (self.texts, self.text_pair.masked_fill(displaced, self.num_pairs))]
+    def _make_room(self, batch: int) -> None:
+        """Let the table hold ``batch`` entries more, and be nobody else's."""
+        most = self.num_pairs * self.slots
+        self._bound = min(self._bound + batch, most)
+        full = self._bound > len(self.pair)
+        if not full and self._owned and not self.features.is_inference():
+            return
+        self._tell_fault()
+        self._bound = min(int(self.count) + batch, most)  # waits for a GPU, once in many batches
+        size = max(len(self.pair), min(self._bound + max(self._bound // 8, 256), most)) if full else len(self.pair)
+        self.features = _grown(self.features, size)
+        self.entropy, self.arrival = (_grown(each, size) for each in (self.entropy, self.arrival))
+        self.pair = _grown(self.pair, size, self.num_pairs)
+        self._owned = True
+
+    def _entries(self, features: Tensor) -> dict[str, Any]:
+        """What :func:`retrieve` reads."""
+        # A graph keeps the table, which updates write to.
+        lent = torch.is_grad_enabled() and features.requires_grad
+        sources = [(self.features.clone() if lent else self.features, self.pair)]
+        if len(self.extra_text) > 0:
+            pair_index, rank = self.text_pair[self.extra_text], self.text_rank[self.extra_text]
+            displaced = row_counts(self.pair, self.num_pairs)[pair_index] + rank >= self.slots
+            sources.append((self.texts[self.extra_text], pair_index.masked_fill(displaced, self.num_pairs)))
+        row = self.text_row if len(self.text_row) > 0 else None
+        return {"sources": sources, "texts": PairTexts(self.texts, row) if len(self.texts) > 0 else None}
 
     def _options(self) -> dict[str, Any]:
         names = ("num_pairs", "slots", "temperature", "empty", "normalize")
@@ -257,20 +323,30 @@ class DynamicMemoryBank(nn.Module):
             )
         return pair_index.to(self.features.device)
 
-    @staticmethod
-    def _check_probs(probs: Tensor) -> Tensor:
-        """Raise unless finite rows are distributions; which rows are finite, bool ``[batch]``."""
-        low, high = probs.aminmax(dim=1)
-        total = probs.sum(dim=1, dtype=score_dtype(probs))
-        finite = low.isfinite() & high.isfinite()
+    def _find_fault(self, probs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Which predictions are finite, and the first row with a fault: its kind (0: none), number and two values."""
+        total, low = probs.sum(dim=1, dtype=score_dtype(probs)), probs.amin(dim=1)
+        finite, outside = total.isfinite(), (rows < 0) | (rows >= self.num_pairs)
         wrong = finite & ((low < 0) | ((total - 1).abs() > 0.01))
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
+        kind = torch.where(outside, 1, torch.where(wrong, 2, 0))
+        number = torch.arange(len(rows), device=rows.device)
+        each = torch.stack([kind.double(), number, torch.where(outside, rows, total), low], dim=1)
+        return finite, each[(kind > 0).long().argmax(dim=0, keepdim=True)][0] if len(rows) > 0 else each.new_zeros(4)
+
+    def _tell_fault(self) -> None:
+        """Raise what was wrong with an update; on a GPU it is asked for only where it is waited for anyway."""
+        fault, self._fault = self._fault, None
+        if fault is None:
+            return
+        kind, row, value, low = fault.tolist()
+        before = "" if fault.device.type == "cpu" else " (in an earlier update)"
+        if kind == 1:
+            raise ValueError(f"expected `pair_index` to be in [0, {self.num_pairs - 1}], got {value:.0f}{before}")
+        if kind == 2:
             raise ValueError(
                 f"expected `probs` of rows that sum to 1 and have no negative value, "
-                f"got a sum of {float(total[row]):.4g} and a smallest value of {float(low[row]):.4g} in row {row}"
+                f"got a sum of {value:.4g} and a smallest value of {low:.4g} in row {row:.0f}{before}"
             )
-        return finite
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicMemoryBank:
         entropy = self.entropy
@@ -286,19 +362,32 @@ class DynamicMemoryBank(nn.Module):
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._tell_fault()
+        in_time = self.arrival.argsort()
+        best = merge_best(self.pair[in_time], self.entropy[in_time], num_pairs=self.num_pairs, slots=self.slots)
+        for name in ("features", "entropy", "pair"):
+            destination[prefix + name] = getattr(self, name)[in_time[best]]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state = {name: state_dict[prefix + name] for name in self._buffers if prefix + name in state_dict}
-        if len(state) == len(self._buffers):
-            self._check_state(state)
+        state = {name: state_dict[prefix + name] for name in STATE if prefix + name in state_dict}
+        if len(state) < len(STATE):
+            missing_keys = args[2]
+            missing_keys.extend(prefix + name for name in STATE if name not in state)
+            return
+        self._check_state(state)
+        with torch.inference_mode(False):
             for name in state:
                 own: Tensor = getattr(self, name)
                 dtype = torch.promote_types(state[name].dtype, torch.float32) if name == "entropy" else own.dtype
                 # New memory even where the size fits: what is there may belong to others.
                 setattr(self, name, torch.empty_like(state[name], dtype=dtype, device=own.device))
             super()._load_from_state_dict(state_dict, prefix, *args)
-        else:
-            missing_keys = args[2]
-            missing_keys.extend(prefix + name for name in self._buffers if name not in state)
+            size = len(self.pair)
+            self.arrival = torch.arange(size, device=self.pair.device)
+            self._index_texts()
+        self._own_table(size, owned=False, arrivals=size)
 
     def _check_state(self, state: dict[str, Tensor]) -> None:
         check_shapes(sizes=(state["sizes"], "3"))
@@ -313,3 +402,8 @@ class DynamicMemoryBank(nn.Module):
         options = (f"{name}={value!r}" for name, value in self._options().items() if name not in ("num_pairs", "slots"))
         sizes = f"num_pairs={self.num_pairs}, dim={self.dim}, slots={self.slots}"
         return ", ".join([sizes, *options, f"logit_scale={self.logit_scale}"])
+
+
+def _grown(rows: Tensor, size: int, value: float = 0) -> Tensor:
+    """A copy with blank rows behind, until there are ``size``."""
+    return torch.cat([rows, rows.new_full((size - len(rows), *rows.shape[1:]), value)])
