@@ -47,12 +47,12 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(run: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes that ``run`` takes at its peak beyond what was taken before, its result included; the median of three.
+def peak_memory(run: Callable[[], object], device: str = "cpu", *, runs: int = 3) -> int:
+    """Bytes that ``run`` takes at its peak beyond what was taken before, its result included; the median of some runs.
 
     On the CPU from the kernel's count of resident pages (Linux only): allocate the inputs beforehand, and touch them.
     """
-    return int(median((_peak_on_cuda if device == "cuda" else _peak_on_cpu)(run) for _ in range(3)))
+    return int(median((_peak_on_cuda if device == "cuda" else _peak_on_cpu)(run) for _ in range(runs)))
 
 
 def _peak_on_cuda(run: Callable[[], object]) -> int:

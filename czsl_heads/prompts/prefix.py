@@ -29,12 +29,42 @@ class _Read(NamedTuple):
         return _Read(self.key.index_select(0, index), self.value.index_select(0, index))
 
 
-def prefix_encoding(encoder: Any, front: Tensor, tables: tuple[Tensor, ...], end: Tensor) -> Callable[[Tensor], Tensor]:
+class _Parts(NamedTuple):
+    """What attention projects of a branch, each ``[n, length, heads, dim]``."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Root(NamedTuple):
+    """The front of prompts, as all that stands behind it reads it in each block, and its length."""
+
+    reads: list[_Read]
+    length: int
+
+
+def encode_fronts(encoder: Any, fronts: list[Tensor]) -> list[Root]:
+    """Run fronts ``[length, text_dim]`` of prompts, [SOS] and context; those of one length together.
+
+    Args:
+        encoder: One without :func:`obstacle`.
+        fronts: Embeddings of each kind of prompts.
+    """
+    if len({len(front) for front in fronts}) > 1:
+        return [root for front in fronts for root in encode_fronts(encoder, [front])]
+    blocks = encoder.blocks("text")
+    reads = _branch(blocks, encoder.enter_text_blocks(torch.stack(fronts)), [[] for _ in blocks])
+    alone = (torch.tensor([place], device=fronts[0].device) for place in range(len(fronts)))
+    return [Root([read.at(place) for read in reads], len(front)) for place, front in zip(alone, fronts)]
+
+
+def prefix_encoding(encoder: Any, root: Root, tables: tuple[Tensor, ...], end: Tensor) -> Callable[[Tensor], Tensor]:
     """Run what the prompts "front word [EOS]" or "front stem word [EOS]" share, and return how to encode the rest.
 
     Args:
         encoder: One without :func:`obstacle`.
-        front: Embeddings of [SOS] and context ``[length, text_dim]``.
+        root: Of :func:`encode_fronts`.
         tables: Embeddings of the words ``[n, text_dim]``; those of the stems before them, if there are any.
         end: Embedding of [EOS] ``[1, text_dim]``.
 
@@ -43,21 +73,28 @@ def prefix_encoding(encoder: Any, front: Tensor, tables: tuple[Tensor, ...], end
     """
     blocks = encoder.blocks("text")
     *stems, words = tables
-    root = _branch(blocks, encoder.enter_text_blocks(front[None]), [[] for _ in blocks])
-    inner = [[read] for read in root]
-    branches = [_branch(blocks, encoder.enter_text_blocks(stem[:, None], len(front)), inner) for stem in stems]
-    past = [*zip(root, *branches)]
-    start = len(front) + len(stems)
+    inner = [[read] for read in root.reads]
+    branches = [_branch(blocks, encoder.enter_text_blocks(stem[:, None], root.length), inner) for stem in stems]
+    past = [*zip(root.reads, *branches)]
+    start = root.length + len(stems)
+    # What attention projects in the first block depends on a word alone, and not on the stem before it.
     word_inputs = encoder.enter_text_blocks(words[:, None], start)
     end_inputs = encoder.enter_text_blocks(end[None], start + 1)
+    word_parts, end_parts = (_project(blocks[0], inputs) for inputs in (word_inputs, end_inputs))
 
     def encode(prompts: Tensor) -> Tensor:
         *stem, word = prompts.unbind(dim=1)
-        leaves = [word_inputs.index_select(0, word), end_inputs.expand(len(prompts), -1, -1)]
-        hidden = torch.cat(leaves, dim=1)
+
+        def leaves(of_words: Tensor, of_end: Tensor) -> Tensor:
+            rest = of_end.expand(len(prompts), *of_end.shape[1:])
+            return torch.cat([of_words.index_select(0, word), rest], dim=1)
+
+        hidden = leaves(word_inputs, end_inputs)
+        parts = _Parts(*map(leaves, word_parts, end_parts))
         for layer, (block, (first, *reads)) in enumerate(zip(blocks, past), start=1):
             before = [first, *(read.at(rows) for read, rows in zip(reads, stem))]
-            hidden, _ = _step(block, hidden, before, positions=1 if layer == len(past) else 2)
+            parts = _project(block, hidden) if layer > 1 else parts
+            hidden = _step(block, hidden, parts, before, positions=1 if layer == len(past) else 2)
         features: Tensor = encoder.leave_text_blocks(hidden[:, -1])
         return features
 
@@ -104,30 +141,33 @@ def _has_hooks(module: nn.Module) -> bool:
 def _branch(blocks: nn.ModuleList, hidden: Tensor, past: list[list[_Read]]) -> list[_Read]:
     """Run branches ``[n, length, text_dim]`` and return what others may read of them in each block."""
     reads = []
-    for block, before in zip(blocks, past):
-        hidden, own = _step(block, hidden, before, positions=hidden.shape[1])
-        reads.append(own)
+    for layer, (block, before) in enumerate(zip(blocks, past), start=1):
+        parts = _project(block, hidden)
+        reads.append(_Read(parts.key, parts.value))
+        if layer < len(blocks):  # what comes out of the last block is read by nobody
+            hidden = _step(block, hidden, parts, before, positions=hidden.shape[1])
     return reads
 
 
-def _step(block: Any, hidden: Tensor, before: list[_Read], *, positions: int) -> tuple[Tensor, _Read]:
+def _step(block: Any, hidden: Tensor, parts: _Parts, before: list[_Read], *, positions: int) -> Tensor:
     """One block; only the last ``positions`` come out, of which alone more than the keys and values is computed."""
-    query, *own = _project(block.attn, block.ln_1(hidden))
-    read = _Read(*own)
     first = hidden.shape[1] - positions
     hidden = hidden[:, first:]
-    hidden = hidden + block.ls_1(_attend(block.attn, query[:, first:], [*before, read]))
+    own = _Read(parts.key, parts.value)
+    hidden = hidden + block.ls_1(_attend(block.attn, parts.query[:, first:], [*before, own]))
     hidden = hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
-    return hidden, read
+    return hidden
 
 
-def _project(attention: Any, hidden: Tensor) -> list[Tensor]:
-    """Query, key and value, each ``[n, length, heads, dim]``."""
+def _project(block: Any, hidden: Tensor) -> _Parts:
+    attention, hidden = block.attn, block.ln_1(hidden)
     parts = F.linear(hidden, attention.in_proj_weight, attention.in_proj_bias).chunk(3, dim=-1)
-    return [
-        _adapt(attention, name, hidden, part).unflatten(-1, (attention.num_heads, -1))
-        for name, part in zip("qkv", parts)
-    ]
+    return _Parts(
+        *(
+            _adapt(attention, name, hidden, part).unflatten(-1, (attention.num_heads, -1))
+            for name, part in zip("qkv", parts)
+        )
+    )
 
 
 def _adapt(attention: Any, matrix: str, inputs: Tensor, outputs: Tensor) -> Tensor:

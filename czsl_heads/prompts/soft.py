@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from czsl_heads._checks import check_choice, check_kind, check_range
 from czsl_heads.encoders.protocol import Encoder, check_encoder
-from czsl_heads.prompts.prefix import obstacle, prefix_encoding
+from czsl_heads.prompts.prefix import encode_fronts, obstacle, prefix_encoding
 from czsl_heads.space import CompositionSpace, clean_name
 
 Encode = Literal["auto", "prefix", "plain"]
@@ -109,21 +109,30 @@ class SoftPrompts(nn.Module):
             raise ValueError("expected `space` over the primitives that these prompts were made for, got others")
         table = F.dropout(self.primitives, self.dropout, self.training)
         attributes, objects = table.split([len(self.attributes), len(self.objects)])
-        return TextFeatures(
-            self._features(self.pair_context, (attributes, objects), space.pairs.to(table.device)),
-            self._features(self.attribute_context, (attributes,)),
-            self._features(self.object_context, (objects,)),
-        )
+        contexts = self.pair_context, self.attribute_context, self.object_context
+        kinds = (attributes, objects), (attributes,), (objects,)
+        every = (torch.arange(len(rows), device=rows.device)[:, None] for rows in (attributes, objects))
+        prompts = space.pairs.to(table.device), *every
+        return TextFeatures(*self.encode_kinds(contexts, kinds, prompts))
 
-    def _features(self, context: Tensor, tables: tuple[Tensor, ...], prompts: Tensor | None = None) -> Tensor:
-        """A context ``[length, text_dim]`` and, behind it, rows of tables ``[prompts, tables]`` to unit rows.
+    def encode_kinds(
+        self, contexts: Sequence[Tensor], tables: Sequence[tuple[Tensor, ...]], prompts: Iterable[Tensor]
+    ) -> list[Tensor]:
+        """Encode prompts of several kinds, whose fronts share a run of the tower; what :meth:`forward` is made of.
 
-        Default: each row of the one table.
+        Args:
+            contexts: Of each kind: the embeddings behind [SOS] ``[length, text_dim]``.
+            tables: Of each kind: embeddings of the words ``[n, text_dim]`` behind it, in their order.
+            prompts: Of each kind: rows of its tables, long ``[prompts, tables]``.
+
+        Returns:
+            Of each kind: unit rows ``[prompts, dim]``.
         """
-        if prompts is None:
-            prompts = torch.arange(len(tables[0]), device=context.device)[:, None]
-        front = torch.cat([self.get_buffer("_start"), context])
-        encode, chunks = self._encoding(front, tables), [prompts]
+        return [*map(self._features, self._encodings(contexts, tables), prompts)]
+
+    def _features(self, encode: Callable[[Tensor], Tensor], prompts: Tensor) -> Tensor:
+        """Prompts, as rows of their tables ``[prompts, tables]``, to unit rows ``[prompts, dim]``."""
+        chunks = [prompts]
         if not torch.is_grad_enabled():
             chunks = [*prompts.split(_ROWS)]
         elif self._checkpoints():
@@ -131,10 +140,15 @@ class SoftPrompts(nn.Module):
             encode = partial(run_again_in_backward, encode, use_reentrant=False)
         return torch.cat([F.normalize(encode(chunk), dim=-1) for chunk in chunks])
 
-    def _encoding(self, front: Tensor, tables: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
-        if self._shares_prefix():
-            return prefix_encoding(self._encoder[0], front, tables, self.get_buffer("_end")[:1])
-        return partial(self._encode_plain, front, tables)
+    def _encodings(
+        self, contexts: Sequence[Tensor], kinds: Sequence[tuple[Tensor, ...]]
+    ) -> list[Callable[[Tensor], Tensor]]:
+        fronts = [torch.cat([self.get_buffer("_start"), context]) for context in contexts]
+        if not self._shares_prefix():
+            return [partial(self._encode_plain, front, tables) for front, tables in zip(fronts, kinds)]
+        (encoder,), end = self._encoder, self.get_buffer("_end")[:1]
+        roots = encode_fronts(encoder, fronts)
+        return [prefix_encoding(encoder, root, tables, end) for root, tables in zip(roots, kinds)]
 
     def _shares_prefix(self) -> bool:
         """Asked at each call: adapters and hooks may have come to the tower meanwhile."""

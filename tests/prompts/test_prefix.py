@@ -197,7 +197,7 @@ def test_only_the_positions_that_differ_are_run(small_encoder, space):
         block.mlp.register_forward_hook(count)
     SoftPrompts(small_encoder, space, encode="prefix")(space)
     fronts, stems, leaves = 3 * 4, 5, 7 + 5 + 3
-    assert positions == [fronts + stems + 2 * leaves, fronts + stems + leaves]  # the last block's objects are not read
+    assert positions == [fronts + stems + 2 * leaves, leaves]  # of the last block [EOS] alone is read
 
 
 @pytest.mark.parametrize("rows", [1, 3, 7, 14, 15])
@@ -265,7 +265,7 @@ def test_checkpointing_runs_each_part_again_in_the_backward_pass(small_encoder, 
     sizes = []
     small_encoder.blocks("text")[0].mlp.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
     features = SoftPrompts(small_encoder, space, checkpoint=True)(space)
-    assert sizes == [1, 5, 5, 2, 1, 5, 1, 3]  # front, attributes, and 7 pairs; front and 5 attributes; and 3 objects
+    assert sizes == [3, 5, 5, 2, 5, 3]  # three fronts; attributes as stems, and 7 pairs; 5 attributes; 3 objects
     sizes.clear()
     weighted_sum(features).backward()
     assert sorted(sizes) == [2, 3, 5, 5]

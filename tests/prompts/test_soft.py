@@ -139,9 +139,8 @@ def test_each_context_hears_from_its_own_prompts_only(small_encoder, space):
     prompts = SoftPrompts(small_encoder, space)
     contexts = [prompts.pair_context, prompts.attribute_context, prompts.object_context]
     for heard, part in enumerate(prompts(space)):
-        gradients = torch.autograd.grad(weighted_sum([part]), contexts, allow_unused=True)
-        assert [gradient is not None for gradient in gradients] == [other == heard for other in range(3)]
-        assert gradients[heard].abs().sum() > 0
+        gradients = torch.autograd.grad(weighted_sum([part]), contexts, retain_graph=True)
+        assert [bool(gradient.any()) for gradient in gradients] == [other == heard for other in range(3)]
 
 
 def test_the_three_contexts_start_equal_and_apart(small_encoder, space):
