@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from czsl_heads._checks import check_choice, check_shapes, check_tensor
 from czsl_heads.encoders.protocol import Tower
@@ -91,11 +92,14 @@ class OpenClipEncoder(nn.Module):
         scale: Tensor = self.model.logit_scale.exp().reshape(())
         return scale
 
-    def encode_tokens(self, images: Tensor) -> Tensor:
+    def encode_tokens(self, images: Tensor, *, checkpoint: bool = False) -> Tensor:
         """Images to all output tokens of the vision tower, each through ``ln_post`` and the projection.
 
         Args:
             images: ``[batch, 3, height, width]`` of :attr:`image_size`, normalised by :meth:`transform`.
+            checkpoint: Keep no activations of this call but what enters each block, and run the blocks again in the
+                backward pass, with the same dropout; nothing is set on the model. open_clip's own
+                ``set_grad_checkpointing`` is heeded besides.
 
         Returns:
             ``[batch, 1 + patches, dim]``, [CLS] first, patches row by row; not normalised. Token 0 is the model's own
@@ -105,7 +109,12 @@ class OpenClipEncoder(nn.Module):
             TypeError, ValueError: ``images`` is no float tensor, or of another shape.
         """
         self._check_images(images)
-        hidden = self._visual.transformer(self._visual._embeds(images))
+        hidden = self._visual._embeds(images)
+        if checkpoint and torch.is_grad_enabled():
+            for block in self.blocks("vision"):
+                hidden = run_again_in_backward(block, hidden, use_reentrant=False)
+        else:
+            hidden = self._visual.transformer(hidden)
         tokens: Tensor = self._visual.ln_post(hidden) @ self._visual.proj
         return tokens
 

@@ -39,8 +39,11 @@ class Encoder(Protocol):
     @property
     def logit_scale(self) -> Tensor: ...
 
-    def encode_tokens(self, images: Tensor) -> Tensor:
-        """``[batch, 3, height, width]`` to ``[batch, num_prefix + patches, dim]``; projected, not normalised."""
+    def encode_tokens(self, images: Tensor, *, checkpoint: bool = False) -> Tensor:
+        """``[batch, 3, height, width]`` to ``[batch, num_prefix + patches, dim]``; projected, not normalised.
+
+        With ``checkpoint`` the blocks keep no activations but are run again in the backward pass.
+        """
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from czsl_heads._checks import check_choice, check_range, check_shapes, check_tensor
+from czsl_heads._checks import check_choice, check_kind, check_range, check_shapes, check_tensor
 from czsl_heads.encoders.protocol import Encoder
 from czsl_heads.functional.distill import Direction, distillation
 from czsl_heads.functional.fusion import combine, fuse
@@ -79,6 +79,8 @@ class SAC(nn.Module):
         beta: Weight of the alignment branch against condenser and bank in the scores, in [0, 1].
         gamma: Weight of the bank beside the condenser in the scores, at least 0.
         direction: Of the :func:`~czsl_heads.functional.distillation`.
+        checkpoint: Keep no activations of the towers' blocks in training but run them again in the backward pass: the
+            same numbers for less memory and one forward pass more. The encoder itself is not changed by it.
 
     Raises:
         TypeError, ValueError: An option is unknown or out of range; a bank without a condenser, of another number of
@@ -113,15 +115,17 @@ class SAC(nn.Module):
         beta: float = 0.5,
         gamma: float = 0.5,
         direction: Direction = "reverse",
+        checkpoint: bool = False,
     ) -> None:
         super().__init__()
+        check_kind("checkpoint", checkpoint, bool)
         check_choice("fusion", fusion, ("probs", "logits"))
         check_range("alpha", alpha, 0, 1)
         check_range("beta", beta, 0, 1)
         check_range("gamma", gamma, 0)
         check_choice("direction", direction, ("reverse", "forward"))
-        self.encoder = encoder
-        self.prompts = SoftPrompts(encoder, space, context=context, dropout=prompt_dropout)
+        self.encoder, self.checkpoint = encoder, checkpoint
+        self.prompts = SoftPrompts(encoder, space, context=context, dropout=prompt_dropout, checkpoint=checkpoint)
         self.head = SparseAlignHead(logit_scale=encoder.logit_scale) if head is None else head
         made = VACondenser(encoder.dim) if condenser is True else condenser
         self.condenser = made if isinstance(made, VACondenser) else None
@@ -153,7 +157,13 @@ class SAC(nn.Module):
 
     def forward(self, images: Tensor, texts: SpaceTexts) -> SACOutput:
         """Compare images ``[batch, 3, height, width]`` with encoded texts; nothing is written."""
-        return self.compare(self.encoder.encode_tokens(images), texts)
+        return self.compare(self.encode(images), texts)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens ``[batch, tokens, dim]`` of images, by the encoder."""
+        if self.checkpoint:
+            return self.encoder.encode_tokens(images, checkpoint=True)
+        return self.encoder.encode_tokens(images)  # so that an encoder that knows no checkpoints will do
 
     def compare(self, tokens: Tensor, texts: SpaceTexts, *, sa: BranchLogits | None = None) -> SACOutput:
         """:meth:`forward` from encoded tokens, for images that are compared more than once.
@@ -229,7 +239,7 @@ class SAC(nn.Module):
         attr, obj = out.space.pairs.to(pair_target.device)[pair_target].unbind(dim=1)
         targets = BranchLogits(pair_target, attr, obj)
         terms: dict[str, Tensor] = {}
-        total = out.scores.new_zeros(())
+        total = out.sa.pairs.new_zeros(())
         if stage != "condense":
             terms |= _cross_entropies("loss", out.sa, targets)
             total = total + sum(terms.values())

@@ -26,7 +26,7 @@ from czsl_heads.training.trainer import check_trainer
 
 CONFIG = "config.json"
 # May differ when an ablation is taken up again: they decide which numbers there are, or how fast, but none of them.
-_FREE = ("seeds", "studies", "options.workers", "trainer.enable_progress_bar")
+_FREE = ("seeds", "studies", "options.workers", "options.checkpoint", "trainer.enable_progress_bar")
 
 
 def open_folder(out: Path, config: AblationConfig) -> CompositionDataset:

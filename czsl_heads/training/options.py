@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from czsl_heads._checks import check_choice, check_integer, check_kind, check_positive, check_range
 from czsl_heads.adapters.lora import Matrix
-from czsl_heads.functional.bank import Empty
 from czsl_heads.functional.distill import Direction
+from czsl_heads.functional.retrieval import Empty
 from czsl_heads.models.sac import Fusion
 
 
@@ -48,6 +48,11 @@ class SACOptions:
         bank_labels: Fill the bank by the training images' labels instead of the condenser's predictions.
         eval_batch_size: Images at once in validation and test. Decides what the adapting bank has seen when.
         workers: Processes that load images.
+        checkpoint: Keep no activations of both towers' blocks but run them again in the backward pass: less memory,
+            one forward pass more, the same numbers.
+        micro_batch: Images at once in a training step; None: ``batch_size``. Texts are encoded once a step and run
+            backward once, images a few at a time: less memory, the same gradients. What is drawn at random for images
+            (dropout, dropped patches) is drawn part by part, and so differs from what is drawn for the whole.
     """
 
     epochs: int = 10
@@ -87,6 +92,8 @@ class SACOptions:
     bank_labels: bool = False
     eval_batch_size: int = 128
     workers: int = 0
+    checkpoint: bool = False
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_matrices, (list, tuple)):
@@ -102,7 +109,7 @@ class SACOptions:
             check_range(name, getattr(self, name), 0)
         for name in ("learning_rate", "decay_factor", "temperature", "bank_temperature"):
             check_positive(name, getattr(self, name))
-        for name in ("include_cls", "condense_augment", "joint", "bank_normalize", "bank_labels"):
+        for name in ("include_cls", "condense_augment", "joint", "bank_normalize", "bank_labels", "checkpoint"):
             check_kind(name, getattr(self, name), bool)
         for name, values in (("fusion", Fusion), ("direction", Direction), ("bank_empty", Empty)):
             check_choice(name, getattr(self, name), get_args(values))
@@ -110,8 +117,9 @@ class SACOptions:
         check_range("patch_drop", self.patch_drop, 0, 0.99)
         if self.cache is not None:
             check_kind("cache", self.cache, bool)
-        if self.condense_epochs is not None:
-            check_integer("condense_epochs", self.condense_epochs, 1)
+        for name in ("condense_epochs", "micro_batch"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 1)
         if self.condense_learning_rate is not None:
             check_positive("condense_learning_rate", self.condense_learning_rate)
         if self.fusion == "logits" and self.bank_empty == "mask":

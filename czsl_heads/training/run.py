@@ -76,6 +76,7 @@ def build_sac(
         beta=options.beta,
         gamma=options.gamma,
         direction=options.direction,
+        checkpoint=options.checkpoint,
     )
 
 

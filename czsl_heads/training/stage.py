@@ -15,6 +15,7 @@ from czsl_heads.models.sac import SAC, BranchLogits, SACOutput, SpaceTexts, Trai
 from czsl_heads.training.cache import CACHE_BYTES, EncodedImages, encode_images
 from czsl_heads.training.evaluate import PROTOCOLS
 from czsl_heads.training.loaders import eval_loader, train_loader
+from czsl_heads.training.micro_batch import losses_in_parts
 from czsl_heads.training.options import SACOptions
 
 
@@ -114,17 +115,33 @@ class Stage(lightning.LightningModule):
             tokens, logits, _ = batch
             return self.sac.compare(tokens, texts, sa=BranchLogits(*logits))
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "condense"):
-            tokens = self.sac.encoder.encode_tokens(batch[0])
+            tokens = self.sac.encode(batch[0])
         return self.sac.compare(tokens, texts)
 
     def training_step(self, batch: tuple[Any, ...]) -> Tensor:
-        columns: Tensor = batch[-1]
-        target = self.get_buffer("_train_column")[columns]
+        size = len(batch[-1])
         texts = self._train_texts or self.sac.texts(self.train_space)
-        losses = self.sac.losses(self._compare(batch, texts), target, stage=self.stage)
-        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(columns))
-        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=len(columns))
+        part = self.options.micro_batch or size
+        losses = self._losses(batch, texts) if part >= size else self._losses_in_parts(batch, texts)
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=size)
+        self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=size)
         return losses["loss"]
+
+    def _losses(self, batch: tuple[Any, ...], texts: SpaceTexts) -> dict[str, Tensor]:
+        target = self.get_buffer("_train_column")[batch[-1]]
+        return self.sac.losses(self._compare(batch, texts), target, stage=self.stage)
+
+    def _losses_in_parts(self, batch: tuple[Any, ...], texts: SpaceTexts) -> dict[str, Tensor]:
+        assert self.options.micro_batch is not None
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return losses_in_parts(
+            lambda part, features: self._losses(part, SpaceTexts(texts.space, features)),
+            batch,
+            texts.features,
+            [parameter for parameter in self.sac.parameters() if parameter.requires_grad],
+            size=self.options.micro_batch,
+            scale=1.0 if scaler is None else scaler.get_scale(),
+        )
 
     def on_validation_epoch_start(self) -> None:
         if self.stage != "condense":

@@ -12,6 +12,8 @@ from open_clip.timm_model import TimmModel
 from torch import nn
 
 from czsl_heads import wrap
+from czsl_heads.adapters.lora import add_lora
+from czsl_heads.adapters.patch_drop import drop_patches
 from czsl_heads.encoders.open_clip import OpenClipEncoder
 from czsl_heads.encoders.protocol import Encoder
 
@@ -415,3 +417,53 @@ def test_a_copy_of_the_encoder_encodes_alike(small_encoder, generator):
 
 def test_the_encoder_is_the_class_that_wrap_returns(small_clip_factory):
     assert type(wrap(small_clip_factory())) is OpenClipEncoder
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.5])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpoints_change_no_gradient_and_not_the_model(small_encoder, generator, dropout, dropped):
+    add_lora(small_encoder, dropout=dropout)
+    handle = drop_patches(small_encoder.train(), dropped)
+    images = images_for(small_encoder, 5, generator)
+    trained = [parameter for parameter in small_encoder.parameters() if parameter.requires_grad]
+    found = []
+    for checkpoint in (False, True):
+        torch.manual_seed(3)
+        tokens = small_encoder.encode_tokens(images, checkpoint=checkpoint)
+        found.append([tokens, *torch.autograd.grad(tokens.square().sum(), trained)])
+    for plain, again in zip(*found):
+        assert torch.equal(plain, again)
+    assert any(gradient.any() for gradient in found[0][1:])
+    assert not small_encoder.model.visual.transformer.grad_checkpointing
+    handle.remove()
+
+
+def test_checkpoints_keep_what_enters_each_block(small_encoder, generator):
+    add_lora(small_encoder.train())
+    images = images_for(small_encoder, 5, generator)
+    kept = {}
+    for checkpoint in (False, True):
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        weights = {parameter.untyped_storage().data_ptr() for parameter in small_encoder.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            tokens = small_encoder.encode_tokens(images, checkpoint=checkpoint)
+        kept[checkpoint] = sum(size for pointer, size in sizes.items() if pointer not in weights)
+        del tokens
+    rows = 5 * (1 + 6 * 4) * 4
+    assert kept[False] > 3 * 8 * 48 * rows
+    assert kept[True] == (3 + 1) * 48 * rows + 2 * rows  # and of the last norm its input, means and deviations
+
+
+def test_nothing_is_run_again_where_nothing_is_trained(small_encoder, generator):
+    calls = []
+    small_encoder.blocks("vision")[0].register_forward_hook(lambda *_: calls.append(1))
+    images = images_for(small_encoder, 2, generator)
+    with torch.no_grad():
+        expected = small_encoder.encode_tokens(images)
+        assert torch.equal(small_encoder.encode_tokens(images, checkpoint=True), expected)
+    assert len(calls) == 2

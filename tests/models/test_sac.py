@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from czsl_heads import SAC, CompositionSpace, DynamicMemoryBank, SparseAlignHead, VACondenser, wrap
+from czsl_heads.adapters.lora import add_lora
+from czsl_heads.adapters.patch_drop import drop_patches
+from czsl_heads.encoders.open_clip import OpenClipEncoder
 from czsl_heads.functional import combine, distillation, fuse
 
 
@@ -80,6 +83,75 @@ def test_only_prompts_train_on_a_frozen_encoder(space: CompositionSpace, images:
     }
 
 
+def adapted(encoder: OpenClipEncoder, space: CompositionSpace, *, dropout: float, **options) -> SAC:
+    torch.manual_seed(0)
+    added = add_lora(encoder, dropout=dropout)
+    for number, parameter in enumerate(parameter for module in added for parameter in module.deltas.parameters()):
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+    return SAC(encoder, space, prompt_dropout=dropout, condenser=VACondenser(encoder.dim), **options).train()
+
+
+def step(sac: SAC, space: CompositionSpace, images: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    out = sac(images, sac.texts(space))
+    return sac.losses(out, target, stage="joint")["loss"]
+
+
+def gradients(sac: SAC, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    names = {name: parameter for name, parameter in sac.named_parameters() if parameter.requires_grad}
+    return dict(zip(names, torch.autograd.grad(loss, [*names.values()])))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpoints_change_neither_loss_nor_gradients(
+    space: CompositionSpace, images: torch.Tensor, dropout: float
+) -> None:
+    target, found = torch.tensor([0, 1, 2, 1, 0]), []
+    for checkpoint in (False, True):
+        sac = adapted(wrap("tiny"), space, dropout=dropout, checkpoint=checkpoint)
+        torch.manual_seed(1)
+        loss = step(sac, space, images, target)
+        found.append((loss, gradients(sac, loss)))
+    (plain, expected), (again, got) = found
+    assert torch.equal(plain, again)
+    assert all(torch.equal(expected[name], gradient) for name, gradient in got.items())
+    assert any("deltas" in name and gradient.any() for name, gradient in got.items())
+
+
+def test_an_encoder_without_checkpoints_will_do_where_none_are_asked_for(
+    space: CompositionSpace, images: torch.Tensor
+) -> None:
+    sac = SAC(wrap("tiny"), space)
+    tokens = sac.encoder.encode_tokens(images)
+    sac.encoder.encode_tokens = lambda images: tokens
+    assert sac.encode(images) is tokens
+
+
+# Torch's backend "eager" would draw anew what checkpoints run again; those that users take do not.
+@pytest.mark.parametrize(
+    ("backend", "text_layers", "checkpoint", "dropped"), [("eager", 2, False, 0.0), ("aot_eager", 1, True, 0.5)]
+)
+def test_a_whole_training_step_compiles_to_one_graph(
+    small_clip_factory, space: CompositionSpace, backend: str, text_layers: int, checkpoint: bool, dropped: float
+) -> None:
+    encoder = wrap(small_clip_factory(vision={"layers": 1}, text={"layers": text_layers}))
+    images = torch.randn(5, 3, 42, 28, generator=torch.Generator().manual_seed(0))
+    target = torch.tensor([0, 1, 2, 1, 0])
+    sac = adapted(encoder, space, dropout=0.2, checkpoint=checkpoint)
+    drop_patches(encoder, dropped)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    found = []
+    for run in (step, compiled):
+        torch.manual_seed(1)
+        loss = run(sac, space, images, target)
+        found.append((loss, gradients(sac, loss)))
+    assert sac.prompts._shares_prefix()
+    (expected_loss, expected), (loss, got) = found
+    torch.testing.assert_close(loss, expected_loss)
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
 def test_wrong_arguments_raise(space: CompositionSpace, images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="expected `fusion` to be one of probs, logits, got 'sum'"):
         SAC(wrap("tiny"), space, fusion="sum")
@@ -98,6 +170,8 @@ def test_wrong_arguments_raise(space: CompositionSpace, images: torch.Tensor) ->
             SAC(wrap("tiny"), space, **{name: value})
     with pytest.raises(ValueError, match="expected `direction` to be one of reverse, forward, got 'up'"):
         SAC(wrap("tiny"), space, direction="up")
+    with pytest.raises(TypeError, match="expected `checkpoint` to be a bool, got str"):
+        SAC(wrap("tiny"), space, checkpoint="text")
     with pytest.raises(ValueError, match="expected `pair_target` of shape"):
         sac.losses(out, torch.arange(4))
     with pytest.raises(TypeError, match=r"expected `pair_target` of dtype torch\.int64"):

@@ -33,6 +33,7 @@ def test_an_override_replaces_one_option() -> None:
         (lambda: SACOptions(epochs=0), "expected `epochs` to be at least 1, got 0"),
         (lambda: SACOptions(learning_rate=0), "expected `learning_rate` to be positive and finite, got 0"),
         (lambda: SACOptions(condense_epochs=0), "expected `condense_epochs` to be at least 1, got 0"),
+        (lambda: SACOptions(micro_batch=0), "expected `micro_batch` to be at least 1, got 0"),
         (lambda: SACOptions(condense_learning_rate=-1), "expected `condense_learning_rate` to be positive"),
         (lambda: SACOptions(patch_drop=1), r"expected `patch_drop` to be in \[0, 0.99\], got 1"),
         (lambda: SACOptions(alpha=2), r"expected `alpha` to be in \[0, 1\], got 2"),
@@ -47,7 +48,7 @@ def test_wrong_options_raise(call, message: str) -> None:
         call()
 
 
-@pytest.mark.parametrize("name", ["joint", "cache", "condense_augment", "bank_labels", "include_cls"])
+@pytest.mark.parametrize("name", ["joint", "cache", "condense_augment", "bank_labels", "include_cls", "checkpoint"])
 def test_switches_are_true_or_false(name: str) -> None:
     with pytest.raises(TypeError, match=f"expected `{name}` to be a bool, got str"):
         SACOptions(**{name: "yes"})
