@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -92,6 +92,7 @@ class CompositionSpace:
 
     def _set(self, pairs: Tensor, seen_mask: Tensor) -> None:
         self.pairs, self.seen_mask = pairs, seen_mask
+        self._copies: dict[torch.device, Tensor] = {}
         self._column = torch.full((len(self.attributes) * len(self.objects),), -1, dtype=torch.long)
         self._column[self._code(pairs)] = torch.arange(len(pairs))
 
@@ -106,6 +107,23 @@ class CompositionSpace:
         space.attributes, space.objects = self.attributes, self.objects
         space._set(pairs, seen_mask)
         return space
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_copies": {}}
+
+    def pairs_on(self, device: torch.device) -> Tensor:
+        """:attr:`pairs` on a device, where they stay: a step that copied them anew would wait for it.
+
+        Example:
+            >>> space = CompositionSpace(["black"], ["swan"], seen=[("black", "swan")])
+            >>> space.pairs_on(torch.device("meta")) is space.pairs_on(torch.device("meta"))
+            True
+        """
+        if device == self.pairs.device:
+            return self.pairs
+        if device not in self._copies:
+            self._copies[device] = self.pairs.to(device)
+        return self._copies[device]
 
     @property
     def pair_names(self) -> list[tuple[str, str]]:

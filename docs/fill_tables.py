@@ -201,6 +201,98 @@ def search_table() -> str:
     return markdown(headings, cells)
 
 
+def prompts_table() -> str:
+    found = benchmark("prompts-cpu")
+    names = {
+        "prefix, checkpointed": "shared prefix, checkpointed",
+        "plain": "every prompt by itself, 7 or 6 positions",
+        "8 positions": "8 positions, as CSP and Troika",
+        "77 positions": "77 positions, as open_clip; in ten parts",
+    }
+    cells = [
+        ["shared prefix", f"{found['positions']['prefix']:,}", "1.00", f"{found['megabytes']['prefix']:,}", "1.00"]
+    ]
+    for way, name in names.items():
+        positions = found["positions"].get(way, found["positions"]["prefix"])
+        times, memory = found["times_faster"][way], found["times_smaller"][way]
+        cells.append([name, f"{positions:,}", f"{times:.2f}", f"{found['megabytes'][way]:,}", f"{memory:.2f}"])
+    return markdown(["", "positions", "time", "MB", "memory"], cells)
+
+
+def bank_table() -> str:
+    cells = [
+        [
+            row["fill"],
+            row["empty"],
+            f"{row['entries']:,}",
+            *(f"{value:.2f}" for value in row["times_the_product"].values()),
+        ]
+        for row in benchmark("memory_bank-cpu")["open_world"]["rows"]
+    ]
+    return markdown(["images", "free slots", "stored", "read", "update", "both"], cells)
+
+
+def bank_facts_table() -> str:
+    found = benchmark("memory_bank-cpu")
+    faster = found["dense"]["times_faster"]
+    cells = [
+        ["peak of 32,000 updates and a read, beyond the texts", f"{found['open_world']['megabytes_beyond_texts']} MB"],
+        ["MIT-States, closed world: dense bank / ours, read", f"{faster['read']}"],
+        ["update of 64 images", f"{faster['update']}"],
+    ]
+    return markdown(["", "measured"], cells)
+
+
+def steps_table() -> str:
+    cells = []
+    for row in benchmark("whole_steps-cpu")["rows"]:
+        step, inference = row["training"], row["inference"]
+        memory = step["megabytes"]
+        times = [
+            f"{part['times_faster']['usual']:.2f}" if "usual" in memory else "not run" for part in (step, inference)
+        ]
+        ways = ("ours", "usual", "ours, checkpointed", "ours, in two parts")
+        sizes = [f"{memory[way]:,}" if way in memory else "not run" for way in ways]
+        cells.append([_step_name(row), *times, f"{step['times_faster']['ours, checkpointed']:.2f}", *sizes])
+    headings = [
+        "",
+        "training, usual / ours",
+        "inference",
+        "checkpointed / ours",
+        "MB, ours",
+        "usual",
+        "checkpointed",
+        "in two parts",
+    ]
+    return markdown(headings, cells)
+
+
+def step_parts_table() -> str:
+    return _parts_table("training")
+
+
+def inference_parts_table() -> str:
+    return _parts_table("inference")
+
+
+def _parts_table(kind: str) -> str:
+    """Shares of the time of a pass, in per cent."""
+    rows = benchmark("whole_steps-cpu")["rows"]
+    parts = [*rows[0][kind]["breakdown"]["ours"]]
+    cells = []
+    for row in rows:
+        for way, seconds in row[kind]["breakdown"].items():
+            total = sum(seconds.values())
+            shares = [f"{100 * seconds[part] / total:.1f}" for part in parts]
+            cells.append([f"{_step_name(row)}, {way}", f"{total:.1f}", *shares])
+    return markdown(["", "s", *parts], cells)
+
+
+def _step_name(row: dict[str, Any]) -> str:
+    part = "" if row["scale"] == 1 else f", {row['scale']:.2g} of its numbers"
+    return f"{row['data']}{part}"
+
+
 def _sizes(row: dict[str, Any]) -> str:
     samples, pairs = row["shape"]
     return f"{samples:,} x {pairs:,}"
@@ -222,6 +314,12 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "evaluator": evaluator_table,
         "streamed": streamed_table,
         "search": search_table,
+        "prompts": prompts_table,
+        "bank": bank_table,
+        "bank-facts": bank_facts_table,
+        "steps": steps_table,
+        "step-parts": step_parts_table,
+        "inference-parts": inference_parts_table,
     },
 }
 

@@ -181,7 +181,8 @@ class _Mergeable(nn.Module):
         assert isinstance(delta, _Delta)
         return delta
 
-    def _add(self, matrix: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+    def add_delta(self, matrix: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """``outputs`` of the weights for ``inputs``, with what the update of a matrix adds, if it has one."""
         if self.merged and self.training:
             raise ValueError("expected updates unmerged in training mode, got merged ones, which would not train")
         if matrix not in self.deltas or self.merged:
@@ -213,7 +214,7 @@ class LoRALinear(_Mergeable):
         return {"w": ("weight", self.weight, self.weight)}
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self._add("w", inputs, F.linear(inputs, self.weight, self.bias))
+        return self.add_delta("w", inputs, F.linear(inputs, self.weight, self.bias))
 
 
 class LoRAAttention(_Mergeable):
@@ -264,7 +265,7 @@ class LoRAAttention(_Mergeable):
             weights, biases = self.in_proj_weight.chunk(3), self._bias_chunks()
             projected = tuple(map(F.linear, (query, key, value), weights, biases))
         q, k, v = (
-            self._add(matrix, inputs, outputs).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            self.add_delta(matrix, inputs, outputs).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for matrix, inputs, outputs in zip(("q", "k", "v"), (query, key, value), projected)
         )  # each [batch, heads, length, dim / heads]
         if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -272,7 +273,7 @@ class LoRAAttention(_Mergeable):
         dropout = self.attention_dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
         mixed = mixed.transpose(1, 2).flatten(2)
-        out = self._add("o", mixed, self.out_proj(mixed))
+        out = self.add_delta("o", mixed, self.out_proj(mixed))
         out = out if self.batch_first else out.transpose(0, 1)
         if not need_weights:
             return out, None

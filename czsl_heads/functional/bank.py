@@ -155,6 +155,19 @@ def first_argmax(probs: Tensor) -> Tensor:
     return (start + probs.gather(1, columns).argmax(dim=1, keepdim=True)).squeeze(1)
 
 
+def first_true(mask: Tensor, count: int) -> Tensor:
+    """Where the first ``count`` true values are, long ``[count]``; ``len(mask)`` for those that there are not.
+
+    Example:
+        >>> first_true(torch.tensor([False, True, True, False]), 3)
+        tensor([1, 2, 4])
+    """
+    rank = mask.cumsum(dim=0) - 1
+    place = torch.arange(len(mask), device=mask.device)
+    found = place.new_full((count + 1,), len(mask))
+    return found.scatter(0, rank.where(mask & (rank < count), count), place)[:count]
+
+
 def unit_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Scale rows to length one; a row gives the same bits whatever rows stand beside it.
 

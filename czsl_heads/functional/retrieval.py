@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from czsl_heads._checks import check_choice, check_integer, check_positive, check_shapes, check_tensor
-from czsl_heads.functional.bank import begins, row_counts
+from czsl_heads.functional.bank import CACHED_COLUMNS, begins, row_counts
 from czsl_heads.functional.precision import no_autocast, score_dtype
 
 Empty = Literal["mask", "zero"]
@@ -89,12 +89,14 @@ def retrieve(
         cosines, has_text = _text_cosines(features, texts, num_pairs)
         entries = _Entries(sources, num_pairs, features.device)
         dilute = empty == "zero" and not normalize
+        weights = None
+        if len(entries) > 0:
+            weights = _weigh(features, entries, cosines, has_text, slots, temperature, dilute)
         scores = _among_zeros(cosines, slots, temperature) if dilute else cosines
         if has_text is not None:
             scores = torch.where(has_text, scores, _vacant(has_text, entries, empty))
-        if len(entries) == 0:
+        if weights is None:
             return scores
-        weights = _weigh(features, entries, cosines, has_text, slots, temperature, dilute)
         found = weights.mean_cosine()
         if normalize:
             found = found / _safe_root(weights.squared_length(texts, slots))
@@ -222,10 +224,15 @@ def _rows_of(texts: PairTexts, pair_index: Tensor) -> Tensor:
 
 
 def _among_zeros(cosines: Tensor, slots: int, temperature: float) -> Tensor:
-    """What a text alone retrieves from its row, where all other slots are zero vectors."""
+    """What a text alone retrieves from its row, where all other slots are zero vectors; in place if it can be."""
     if slots == 1:
         return cosines
-    return cosines * (cosines / temperature - math.log(slots - 1)).sigmoid()
+    if cosines.requires_grad:
+        return cosines * (cosines / temperature - math.log(slots - 1)).sigmoid()
+    width = CACHED_COLUMNS if cosines.device.type == "cpu" else cosines.shape[1]
+    for columns in cosines.split(width, dim=1):
+        columns.mul_((columns / temperature).sub_(math.log(slots - 1)).sigmoid_())
+    return cosines
 
 
 def _vacant(has_text: Tensor, entries: _Entries, empty: Empty) -> Tensor:

@@ -13,6 +13,7 @@ from czsl_heads._checks import check_choice, check_integer, check_positive, chec
 from czsl_heads.functional.bank import (
     arrival_ranks,
     first_argmax,
+    first_true,
     merge_best,
     prediction_entropy,
     rank_best,
@@ -245,38 +246,46 @@ class DynamicMemoryBank(nn.Module):
             self.num_rejected = self.num_rejected + (~stored).sum() * (fault[0] == 0)
 
     def _insert(self, vectors: Tensor, pair_index: Tensor, entropy: Tensor) -> None:
-        """Merge new entries into the table, all shapes known beforehand."""
+        """Merge new entries into the rows that they come to; all shapes are known beforehand."""
         self._make_room(len(vectors))
-        size = len(self.pair)
-        pair, entropy = torch.cat([self.pair, pair_index]), torch.cat([self.entropy, entropy])
-        arrival = torch.cat([self.arrival, self._arrivals + torch.arange(len(vectors), device=pair.device)])
+        size, nowhere = len(self.pair) - 1, self.num_pairs  # the last place stays blank: what goes nowhere goes there
+        met = torch.zeros(nowhere + 1, dtype=torch.bool, device=self.pair.device).index_fill(0, pair_index, True)
+        met[nowhere:] = False
+        old = first_true(met[self.pair[:size]], min(size, len(vectors) * self.slots))
+        arrival = self._arrivals + torch.arange(len(vectors), device=self.pair.device)
         self._arrivals += len(vectors)
-        in_time = arrival.argsort()
-        order, stays = rank_best(pair[in_time], entropy[in_time], num_pairs=self.num_pairs, slots=self.slots)
-        stays = torch.empty_like(stays).scatter(0, in_time[order], stays)
-        # Those that stay come first among the new, and go to places that are free or become so. Further ones may meet
-        # a place in use, and leave it as it is.
-        new = size + (~stays[size:]).argsort(stable=True)[:size]
-        place = stays[:size].argsort(stable=True)[: len(new)]
-        source = torch.where(stays[new], new, place)
-        pair = pair.where(stays, self.num_pairs)
-        self.pair, self.entropy, self.arrival = (
-            each[:size].scatter(0, place, each[source]) for each in (pair, entropy, arrival)
+        pair = torch.cat([self.pair[old], pair_index])
+        in_time = torch.cat([self.arrival[old], arrival]).argsort()
+        ranked, stays = rank_best(
+            pair[in_time],
+            torch.cat([self.entropy[old], entropy])[in_time],
+            num_pairs=self.num_pairs,
+            slots=self.slots,
         )
-        kept = stays[new][:, None]
-        self.features.index_copy_(0, place, torch.where(kept, vectors[new - size], self.features[place]))
-        self.count = (self.pair < self.num_pairs).sum()
+        stays = torch.empty_like(stays).scatter(0, in_time[ranked], stays)
+        left = self.pair.scatter(0, old, pair.where(stays, nowhere)[: len(old)])
+        new = first_true(stays[len(old) :], min(size, len(vectors)))
+        place = first_true(left[:size] == nowhere, len(new)).where(new < len(vectors), size)
+        self.pair = left.scatter(0, place, _grown(pair_index, len(vectors) + 1, nowhere)[new])
+        self.arrival = self.arrival.scatter(0, place, _grown(arrival, len(vectors) + 1)[new])
+        entropy = _grown(entropy, len(vectors) + 1)[new]
+        dtype = torch.promote_types(entropy.dtype, self.entropy.dtype)
+        self.entropy = self.entropy.to(dtype).scatter(0, place, entropy.to(dtype))
+        self.features.index_copy_(0, place, _grown(vectors, len(vectors) + 1)[new])
+        self.count = (self.pair < nowhere).sum()
 
     def _make_room(self, batch: int) -> None:
-        """Let the table hold ``batch`` entries more, and be nobody else's."""
-        most = self.num_pairs * self.slots
+        """Let the table hold ``batch`` entries more and a blank one, and be nobody else's."""
+        most, size = self.num_pairs * self.slots, len(self.pair)
         self._bound = min(self._bound + batch, most)
-        full = self._bound > len(self.pair)
-        if not full and self._owned and not self.features.is_inference():
+        if self._bound >= size:
+            self._tell_fault()
+            self._bound = min(int(self.count) + batch, most)  # waits for a GPU, once in several batches
+            spare = max(self._bound // 16, 4 * batch)
+            if min(self._bound + spare, most) >= size:
+                size = min(self._bound + 2 * spare, most) + 1
+        if size == len(self.pair) and self._owned and not self.features.is_inference():
             return
-        self._tell_fault()
-        self._bound = min(int(self.count) + batch, most)  # waits for a GPU, once in many batches
-        size = max(len(self.pair), min(self._bound + max(self._bound // 8, 256), most)) if full else len(self.pair)
         self.features = _grown(self.features, size)
         self.entropy, self.arrival = (_grown(each, size) for each in (self.entropy, self.arrival))
         self.pair = _grown(self.pair, size, self.num_pairs)

@@ -200,7 +200,8 @@ class SAC(nn.Module):
     def pair_scores(self, logits: BranchLogits, space: CompositionSpace) -> Tensor:
         """One branch's scores of the pairs ``[batch, P]`` (Eq. 13)."""
         pairs = logits.pairs.softmax(dim=1) if self.fusion == "probs" else logits.pairs
-        return combine(pairs, logits.attrs.softmax(dim=1), logits.objs.softmax(dim=1), space.pairs)
+        attrs, objs = logits.attrs.softmax(dim=1), logits.objs.softmax(dim=1)
+        return combine(pairs, attrs, objs, space.pairs_on(pairs.device))
 
     def bank_scores(self, logits: Tensor) -> Tensor:
         """The bank's term of the scores ``[batch, P]``, which has no primitives in it."""
@@ -236,7 +237,7 @@ class SAC(nn.Module):
         check_choice("stage", stage, ("align", "condense", "joint"))
         check_tensor("pair_target", pair_target, dtypes=(torch.long,))
         check_shapes(logits=(out.sa.pairs, "batch pairs"), pair_target=(pair_target, "batch"))
-        attr, obj = out.space.pairs.to(pair_target.device)[pair_target].unbind(dim=1)
+        attr, obj = out.space.pairs_on(pair_target.device)[pair_target].unbind(dim=1)
         targets = BranchLogits(pair_target, attr, obj)
         terms: dict[str, Tensor] = {}
         total = out.sa.pairs.new_zeros(())

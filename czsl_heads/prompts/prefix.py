@@ -171,7 +171,7 @@ def _project(block: Any, hidden: Tensor) -> _Parts:
 
 
 def _adapt(attention: Any, matrix: str, inputs: Tensor, outputs: Tensor) -> Tensor:
-    adapted: Tensor = attention._add(matrix, inputs, outputs) if _is_adapted(attention) else outputs
+    adapted: Tensor = attention.add_delta(matrix, inputs, outputs) if _is_adapted(attention) else outputs
     return adapted
 
 

@@ -112,7 +112,7 @@ class SoftPrompts(nn.Module):
         contexts = self.pair_context, self.attribute_context, self.object_context
         kinds = (attributes, objects), (attributes,), (objects,)
         every = (torch.arange(len(rows), device=rows.device)[:, None] for rows in (attributes, objects))
-        prompts = space.pairs.to(table.device), *every
+        prompts = space.pairs_on(table.device), *every
         return TextFeatures(*self.encode_kinds(contexts, kinds, prompts))
 
     def encode_kinds(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from czsl_heads.training.options import SACOptions
+
+MOST_WORKERS = 8
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -51,13 +54,24 @@ def _loader(
     images: Dataset[Any], options: SACOptions, batch_size: int, sampler: EpochSampler | None
 ) -> DataLoader[Any]:
     whole = hasattr(images, "__getitems__")  # in memory: gives whole batches, and workers would only copy it
+    workers = 0 if whole else count_workers(options.workers)
     return DataLoader(
         images,
         batch_size,
         sampler=sampler,
-        num_workers=0 if whole else options.workers,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available() and not whole,  # without, a GPU is waited for at each copy
         collate_fn=_as_it_is if whole else None,
     )
+
+
+def count_workers(workers: int | None) -> int:
+    """Processes that load images; None: as many as there are cores for this process, at most 8."""
+    if workers is not None:
+        return workers
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return min(len(cores), MOST_WORKERS)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -47,7 +47,7 @@ class SACOptions:
         bank_temperature, bank_empty, bank_normalize: Of :class:`~czsl_heads.DynamicMemoryBank`.
         bank_labels: Fill the bank by the training images' labels instead of the condenser's predictions.
         eval_batch_size: Images at once in validation and test. Decides what the adapting bank has seen when.
-        workers: Processes that load images.
+        workers: Processes that load images; None: one a core, at most 8. They change no number.
         checkpoint: Keep no activations of both towers' blocks but run them again in the backward pass: less memory,
             one forward pass more, the same numbers.
         micro_batch: Images at once in a training step; None: ``batch_size``. Texts are encoded once a step and run
@@ -91,7 +91,7 @@ class SACOptions:
     bank_normalize: bool = False
     bank_labels: bool = False
     eval_batch_size: int = 128
-    workers: int = 0
+    workers: int | None = 0
     checkpoint: bool = False
     micro_batch: int | None = None
 
@@ -101,8 +101,9 @@ class SACOptions:
         object.__setattr__(self, "lora_matrices", tuple(self.lora_matrices))
         for name in ("epochs", "batch_size", "decay_every", "eval_batch_size", "topk", "depth", "slots"):
             check_integer(name, getattr(self, name), 1)
-        for name in ("lora_rank", "workers"):
-            check_integer(name, getattr(self, name), 0)
+        check_integer("lora_rank", self.lora_rank, 0)
+        if self.workers is not None:
+            check_integer("workers", self.workers, 0)
         for name in ("prompt_dropout", "lora_dropout", "condenser_dropout", "cls_weight", "alpha", "beta"):
             check_range(name, getattr(self, name), 0, 1)
         for name in ("weight_decay", "gamma"):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from czsl_heads.functional.bank import (
     arrival_ranks,
     first_argmax,
+    first_true,
     merge_best,
     prediction_entropy,
     rank_best,
@@ -69,6 +70,14 @@ def test_ranking_sorts_all_and_marks_those_that_stay(entries, slots):
     order, stays = rank_best(pair_index, entropy, num_pairs=4, slots=slots)
     assert order.tolist() == sorted(range(len(entries)), key=lambda entry: (*entries[entry], entry))
     assert order[stays].tolist() == reference_merge_best(pair_index, entropy, num_pairs=4, slots=slots)
+
+
+@given(mask=st.lists(st.booleans(), max_size=20), count=st.integers(0, 23))
+@settings(deadline=None, max_examples=40)
+def test_the_first_true_places_are_found(mask, count):
+    places = [place for place, value in enumerate(mask) if value][:count]
+    expected = places + [len(mask)] * (count - len(places))
+    assert first_true(torch.tensor(mask, dtype=torch.bool), count).tolist() == expected
 
 
 @given(pairs=st.lists(st.integers(0, 3), max_size=30))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from czsl_heads import SAC, CompositionSpace, DynamicMemoryBank, SparseAlignHead, VACondenser, wrap
 from czsl_heads.adapters.lora import add_lora
@@ -302,3 +303,24 @@ def test_an_empty_bank_changes_no_order(space: CompositionSpace, images: torch.T
     with_bank = sac(images, texts).scores
     sac.use_bank(None, space)
     assert torch.equal(with_bank.argsort(dim=1), sac(images, texts).scores.argsort(dim=1))
+
+
+def test_the_forward_pass_and_the_losses_ask_a_gpu_for_nothing(space: CompositionSpace) -> None:
+    encoder = wrap("tiny")
+    add_lora(encoder)
+    sac = SAC(encoder, space)
+    shape, device = space.pairs.shape, torch.device("cuda", 0)
+    with FakeTensorMode():  # whose tensors have no values, and raise where one is asked for or copied from elsewhere
+        for module in sac.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        blank = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                        tensors[name] = torch.nn.Parameter(blank) if isinstance(tensor, torch.nn.Parameter) else blank
+        images = torch.empty(3, 3, 48, 48, device=device)
+        with pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"):  # the first step copies these
+            sac.texts(space)
+        space._copies[device] = torch.empty(shape, dtype=torch.long, device=device)
+        out = sac(images, sac.texts(space))
+        losses = sac.losses(out, torch.empty(3, dtype=torch.long, device=device), stage="joint")
+    assert out.scores.device == losses["loss"].device == device

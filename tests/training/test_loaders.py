@@ -1,11 +1,14 @@
 """The order of batches, and the pixels in them, depend on (seed, epoch) alone."""
 
+import os
+
+import pytest
 import torch
 
 from czsl_heads import wrap
 from czsl_heads.data import CompositionDataset
-from czsl_heads.training.loaders import EpochSampler, eval_loader, train_loader
-from czsl_heads.training.options import SACOptions
+from czsl_heads.training.loaders import EpochSampler, count_workers, eval_loader, train_loader
+from czsl_heads.training.options import SACOptions, load_options
 
 
 def order(seed: int, epoch: int, **ranks: int) -> list[int]:
@@ -49,3 +52,29 @@ def test_evaluation_runs_in_file_order(dataset: CompositionDataset) -> None:
         [target for _, target in eval_loader(dataset.images("test", wrap("tiny").transform()), SACOptions())]
     )
     assert columns.tolist() == [sample.column for sample in dataset.samples["test"]]
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (5, 5), (64, 8)])
+def test_a_preset_of_real_images_has_a_worker_a_core_up_to_eight(
+    cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    assert count_workers(load_options("cgqa").workers) == workers
+    assert count_workers(load_options("shapes").workers) == 0
+
+
+def test_workers_change_no_batch(dataset: CompositionDataset) -> None:
+    encoder = wrap("tiny")
+    batches = []
+    for workers in (0, 2):
+        images = dataset.images("train", encoder.transform(train=True), seed=5)
+        loader = train_loader(images, SACOptions(batch_size=40, workers=workers), 5)
+        assert loader.num_workers == workers
+        epochs = []
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            epochs.append([part for batch in loader for part in batch])
+        batches.append(epochs)
+    for alone, helped in zip(*batches):
+        assert len(alone) == len(helped) > 2
+        assert all(torch.equal(one, other) for one, other in zip(alone, helped))
