@@ -470,3 +470,24 @@ def test_an_encoder_that_cannot_be_run_from_outside_raises_and_auto_runs_all_pos
         SoftPrompts(encoder, space, encode="prefix")
     plain = SoftPrompts(small_encoder, space, encode="plain")
     assert torch.equal(SoftPrompts(encoder, space)(space).pairs, plain(space).pairs)
+
+
+def test_fronts_of_several_lengths_run_apart(small_encoder, space):
+    shared, plain = both_ways(small_encoder, space)
+    rows = [space.pairs, torch.arange(5)[:, None]]
+    found = []
+    for prompts in (shared, plain):
+        attributes, objects = prompts.primitives.split([5, 3])
+        contexts = [prompts.pair_context, prompts.attribute_context[:1]]
+        features = prompts.encode_kinds(contexts, [(attributes, objects), (attributes,)], rows)
+        weighted_sum(features).backward()
+        found.append(
+            [
+                *(part.detach() for part in features),
+                prompts.pair_context.grad,
+                prompts.attribute_context.grad,
+                prompts.primitives.grad,
+            ]
+        )
+    for part, expected in zip(*found):
+        torch.testing.assert_close(part, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
