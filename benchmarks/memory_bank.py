@@ -3,7 +3,7 @@
 At the size of C-GQA's open world (278,362 pairs, dim 768, a batch of 64): seconds of reading and of an update as
 multiples of the bare product of features and texts, with texts alone, with what the images of C-GQA leave there (the
 32,018 of its training and test splits, over 7,555 pairs with a long tail), and in the worst case, where each of 32,000
-images is the only one of its pair; and the memory that 32,000 updates take at their peak, growth included. At
+images is the only one of its pair; and the memory that taking these in takes at its peak, growth included. At
 MIT-States' closed world, against a dense bank that is updated one image at a time. About five minutes on two cores.
 """
 

@@ -122,7 +122,8 @@ class CompositionSpace:
         if device == self.pairs.device:
             return self.pairs
         if device not in self._copies:
-            self._copies[device] = self.pairs.to(device)
+            with torch.inference_mode(False):  # an inference tensor could be part of no backward pass later
+                self._copies[device] = self.pairs.to(device)
         return self._copies[device]
 
     @property

@@ -242,7 +242,9 @@ def test_the_open_world_holds_every_space(space, generator):
 def test_pairs_are_copied_to_a_device_once_and_not_into_pickles_or_deep_copies():
     space = CompositionSpace(["black", "white"], ["swan"], seen=[("white", "swan")])
     assert space.pairs_on(torch.device("cpu")) is space.pairs
-    there = space.pairs_on(torch.device("meta"))
+    with torch.inference_mode():
+        there = space.pairs_on(torch.device("meta"))
+    assert not there.is_inference()
     assert (there.device.type, there.shape) == ("meta", (1, 2))
     assert space.pairs_on(torch.device("meta")) is there
     for twin in (pickle.loads(pickle.dumps(space)), copy.deepcopy(space)):

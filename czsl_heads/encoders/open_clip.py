@@ -212,7 +212,11 @@ class OpenClipEncoder(nn.Module):
     def enter_text_blocks(self, embeddings: Tensor, start: int = 0) -> Tensor:
         """Token embeddings ``[n, length, text_dim]`` to what the first text block takes at ``start`` and on."""
         dtype = self._text.transformer.get_cast_dtype()
-        positions = self._text.positional_embedding[start : start + embeddings.shape[1]]
+        stop = start + embeddings.shape[1]
+        if stop > len(self._text.positional_embedding):
+            length = len(self._text.positional_embedding)
+            raise ValueError(f"expected prompts of at most {length} tokens, [SOS] and [EOS] included, got {stop}")
+        positions = self._text.positional_embedding[start:stop]
         hidden: Tensor = embeddings.to(dtype) + positions.to(dtype)
         return hidden
 

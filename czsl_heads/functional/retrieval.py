@@ -53,7 +53,7 @@ def retrieve(
 
     so that no prototype is built. A row whose one entry is a text has a closed form: its cosine :math:`s`, or
     :math:`s \, \sigma(s / T - \log(\mathrm{slots} - 1))` among zero vectors. So beside the product of features and
-    texts, which is dense, the work is that of the rows that ``sources`` have entries in.
+    texts, which is dense, the work is that of the rows that ``sources`` have entries in. Only first derivatives exist.
 
     Args:
         features: ``[batch, dim]``; any norm.
@@ -203,7 +203,7 @@ def _weigh(
 def _peaks(logits: Tensor, text_logits: Tensor, zeros: Tensor | None, entries: _Entries, temperature: float) -> Tensor:
     """What to subtract so that no row overflows or vanishes: ``[rows, batch]``, or one number if that will do."""
     if 2 / temperature <= SAFE_SPREAD:
-        return logits.new_tensor(1 / temperature)
+        return logits.new_full((), 1 / temperature)
     peak = torch.maximum(entries.peaks(logits), text_logits)
     return peak if zeros is None else torch.where(zeros > 0, peak.clamp(min=0), peak)
 

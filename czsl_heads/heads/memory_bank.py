@@ -35,7 +35,7 @@ class DynamicMemoryBank(nn.Module):
     vectors were cut into batches, and in whichever order they came if no two entropies of a pair are equal. What is
     predicted on the way is not.
 
-    Only what is stored takes memory: images in a table that grows by an eighth when it is full, texts as they were
+    Only what is stored takes memory: images in a table that grows by a few batches, or an eighth; texts as they were
     given. Beside the product of features and texts, reading costs what the rows with images cost. An update writes new
     vectors into free places of the table, and moves no others.
 
@@ -61,8 +61,8 @@ class DynamicMemoryBank(nn.Module):
     takes over the sizes of what is loaded.
 
     On a GPU an update waits for nothing but now and then for the number of entries, when it might have to grow. A wrong
-    value in its arguments is therefore told then, or when something else asks for a number (``counts``, the state);
-    its batch is not stored.
+    value in its arguments is therefore told then, or when something else asks for it (:meth:`check_updates`,
+    ``counts``, the state); its batch is not stored.
 
     Raises:
         ValueError: An option is unknown or out of range; in ``forward``, shapes that do not fit; in
@@ -204,9 +204,11 @@ class DynamicMemoryBank(nn.Module):
 
     def _index_texts(self) -> None:
         """Find each pair's first text; where one stands for each pair, in order, there is nothing to look up."""
+        self.extra_text = self.text_row = self.text_pair.new_zeros(0)
+        if self.text_pair.is_meta:  # has no values to look at
+            return
         first = self.text_rank == 0
         self.extra_text = (~first).nonzero().squeeze(1)
-        self.text_row = self.text_pair.new_zeros(0)
         every = torch.arange(self.num_pairs, device=self.text_pair.device)
         if len(self.texts) > 0 and not torch.equal(self.text_pair, every):
             row = torch.arange(len(self.texts), device=every.device)
@@ -236,18 +238,22 @@ class DynamicMemoryBank(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             rows = first_argmax(probs) if pair_index is None else pair_index.to(probs.device)
             finite, fault = self._find_fault(probs, rows)
-            self._fault = fault if self._fault is None else torch.where(self._fault[0] > 0, self._fault, fault)
-            if fault.device.type == "cpu":
-                self._tell_fault()
+            self._note_fault(fault)
             vectors, directed = unit_rows(features)
-            stored = (directed & finite & (fault[0] == 0)).to(self.features.device)
-            rows = rows.to(stored.device).where(stored, self.num_pairs)
-            self._insert(vectors.to(self.features), rows, prediction_entropy(probs).to(stored.device))
-            self.num_rejected = self.num_rejected + (~stored).sum() * (fault[0] == 0)
+            device, good = self.features.device, fault[0] == 0
+            stored = (directed & finite & good).to(device)
+            rows = rows.to(device).where(stored, self.num_pairs)
+            waited = self._insert(vectors.to(self.features), rows, prediction_entropy(probs).to(device))
+            self.num_rejected = self.num_rejected + (~stored).sum() * good.to(device)
+            if waited:
+                self._tell_fault()
 
-    def _insert(self, vectors: Tensor, pair_index: Tensor, entropy: Tensor) -> None:
-        """Merge new entries into the rows that they come to; all shapes are known beforehand."""
-        self._make_room(len(vectors))
+    def _insert(self, vectors: Tensor, pair_index: Tensor, entropy: Tensor) -> bool:
+        """Merge new entries into the rows that they come to; all shapes are known beforehand.
+
+        Whether a GPU was waited for.
+        """
+        waited = self._make_room(len(vectors))
         size, nowhere = len(self.pair) - 1, self.num_pairs  # the last place stays blank: what goes nowhere goes there
         met = torch.zeros(nowhere + 1, dtype=torch.bool, device=self.pair.device).index_fill(0, pair_index, True)
         met[nowhere:] = False
@@ -273,23 +279,25 @@ class DynamicMemoryBank(nn.Module):
         self.entropy = self.entropy.to(dtype).scatter(0, place, entropy.to(dtype))
         self.features.index_copy_(0, place, _grown(vectors, len(vectors) + 1)[new])
         self.count = (self.pair < nowhere).sum()
+        return waited
 
-    def _make_room(self, batch: int) -> None:
+    def _make_room(self, batch: int) -> bool:
         """Let the table hold ``batch`` entries more and a blank one, and be nobody else's."""
         most, size = self.num_pairs * self.slots, len(self.pair)
         self._bound = min(self._bound + batch, most)
-        if self._bound >= size:
-            self._tell_fault()
+        waited = self._bound >= size
+        if waited:
             self._bound = min(int(self.count) + batch, most)  # waits for a GPU, once in several batches
             spare = max(self._bound // 16, 4 * batch)
             if min(self._bound + spare, most) >= size:
                 size = min(self._bound + 2 * spare, most) + 1
         if size == len(self.pair) and self._owned and not self.features.is_inference():
-            return
+            return waited
         self.features = _grown(self.features, size)
         self.entropy, self.arrival = (_grown(each, size) for each in (self.entropy, self.arrival))
         self.pair = _grown(self.pair, size, self.num_pairs)
         self._owned = True
+        return waited
 
     def _entries(self, features: Tensor) -> dict[str, Any]:
         """What :func:`retrieve` reads."""
@@ -342,13 +350,24 @@ class DynamicMemoryBank(nn.Module):
         each = torch.stack([kind.double(), number, torch.where(outside, rows, total), low], dim=1)
         return finite, each[(kind > 0).long().argmax(dim=0, keepdim=True)][0] if len(rows) > 0 else each.new_zeros(4)
 
+    def _note_fault(self, fault: Tensor) -> None:
+        """Tell a fault that can be seen without waiting, and keep another for later."""
+        devices = fault.device.type, self.features.device.type
+        fault = fault.to(self.features.device)
+        self._fault = fault if self._fault is None else torch.where(self._fault[0] > 0, self._fault, fault)
+        if "cpu" in devices:
+            self._tell_fault()
+
+    def check_updates(self) -> None:
+        """Wait for a GPU, and raise the ValueError of an :meth:`update` since the last time, if there is one."""
+        self._tell_fault()
+
     def _tell_fault(self) -> None:
-        """Raise what was wrong with an update; on a GPU it is asked for only where it is waited for anyway."""
         fault, self._fault = self._fault, None
         if fault is None:
             return
         kind, row, value, low = fault.tolist()
-        before = "" if fault.device.type == "cpu" else " (in an earlier update)"
+        before = "" if fault.device.type == "cpu" else " (in this or an earlier update)"
         if kind == 1:
             raise ValueError(f"expected `pair_index` to be in [0, {self.num_pairs - 1}], got {value:.0f}{before}")
         if kind == 2:
@@ -360,6 +379,7 @@ class DynamicMemoryBank(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicMemoryBank:
         entropy = self.entropy
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._fault = None if self._fault is None else self._fault.to(self.features.device)
         if self.entropy.dtype != entropy.dtype:  # rounding would change who is better
             self.entropy = entropy.to(self.entropy.device)
         return self
@@ -373,6 +393,8 @@ class DynamicMemoryBank(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.pair.is_meta:  # has no values to sort by
+            return
         self._tell_fault()
         in_time = self.arrival.argsort()
         best = merge_best(self.pair[in_time], self.entropy[in_time], num_pairs=self.num_pairs, slots=self.slots)

@@ -55,8 +55,10 @@ def encode_fronts(encoder: Any, fronts: list[Tensor]) -> list[Root]:
         return [root for front in fronts for root in encode_fronts(encoder, [front])]
     blocks = encoder.blocks("text")
     reads = _branch(blocks, encoder.enter_text_blocks(torch.stack(fronts)), [[] for _ in blocks])
-    alone = (torch.tensor([place], device=fronts[0].device) for place in range(len(fronts)))
-    return [Root([read.at(place) for read in reads], len(front)) for place, front in zip(alone, fronts)]
+    alone = (slice(place, place + 1) for place in range(len(fronts)))
+    return [
+        Root([_Read(*(part[own] for part in read)) for read in reads], len(front)) for own, front in zip(alone, fronts)
+    ]
 
 
 def prefix_encoding(encoder: Any, root: Root, tables: tuple[Tensor, ...], end: Tensor) -> Callable[[Tensor], Tensor]:

@@ -51,6 +51,8 @@ class SoftPrompts(nn.Module):
     Shape:
         ``prompts(space)``, any space over the same primitives, to :class:`TextFeatures`, unit rows.
 
+    Where a prefix is shared, all features have one graph: add their losses before ``backward()``.
+
     Raises:
         ValueError: An option is unknown or out of range, a prompt is longer than the tower's context, a cleaned name
             has no token, a space has other primitives, or ``encode="prefix"`` and the text tower is not causal, has

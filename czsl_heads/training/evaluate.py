@@ -261,6 +261,8 @@ class Evaluation(lightning.LightningModule):
         self.results = {name: {} for name in self.readouts}
         for (name, world, protocol), score in self._scores.items():
             self.results[name].setdefault(world, {})[protocol] = score.compute()
+        for bank in self._banks.values():
+            bank.check_updates()
         self.rejected = max((int(bank.num_rejected) for bank in self._banks.values()), default=0)
         self.gap = {} if self._gap is None else self._gap.as_dict()
 

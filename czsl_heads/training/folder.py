@@ -25,7 +25,8 @@ from czsl_heads.training.stage import check_validation
 from czsl_heads.training.trainer import check_trainer
 
 CONFIG = "config.json"
-# May differ when an ablation is taken up again: they decide which numbers there are, or how fast, but none of them.
+# May differ when an ablation is taken up again: they decide which numbers there are, or how fast, but beyond rounding
+# none of them.
 _FREE = ("seeds", "studies", "options.workers", "options.checkpoint", "trainer.enable_progress_bar")
 
 

@@ -60,7 +60,6 @@ def _loader(
         batch_size,
         sampler=sampler,
         num_workers=workers,
-        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available() and not whole,  # without, a GPU is waited for at each copy
         collate_fn=_as_it_is if whole else None,
     )

@@ -815,6 +815,33 @@ def test_faults_of_a_batch_on_a_gpu_are_told_when_a_number_is_asked_for(monkeypa
     assert same(bank.state_dict(), expected.state_dict())
 
 
+def test_a_fault_that_is_told_late_loses_no_other_batch(monkeypatch):
+    bank, expected = build(), build()
+    with monkeypatch.context() as patch:
+        patch.setattr(DynamicMemoryBank, "_note_fault", lambda self, fault: setattr(self, "_fault", fault))
+        bank._fault = torch.tensor([2.0, 1.0, 5.0, 1.0])  # of a batch before
+        patch.setattr(DynamicMemoryBank, "_note_fault", lambda self, fault: None)
+        with pytest.raises(ValueError, match=r"got a sum of 5 and a smallest value of 1 in row 1"):
+            bank.update(*draw(seed=3))
+    expected.update(*draw(seed=3))
+    assert same(bank.state_dict(), expected.state_dict())
+    bank.check_updates()
+
+
+def test_faults_go_along_with_the_bank():
+    bank = fill(build())
+    bank._fault = torch.tensor([1.0, 0.0, 7.0, 0.0])
+    assert copy.deepcopy(bank).to("meta")._fault.device.type == "meta"
+    with pytest.raises(ValueError, match="got 7"):
+        bank.double().check_updates()
+
+
+def test_a_bank_without_values_has_a_state_to_plan_with():
+    state = fill(build()).to("meta").state_dict()
+    assert {tensor.device.type for tensor in state.values()} == {"meta"}
+    assert state.keys() == build().state_dict().keys()
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_update_spoils_no_backward_pass(when):
     bank, twin = (fill(build(), 40) for _ in range(2))

@@ -491,3 +491,17 @@ def test_fronts_of_several_lengths_run_apart(small_encoder, space):
         )
     for part, expected in zip(*found):
         torch.testing.assert_close(part, expected, rtol=0, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+@pytest.mark.parametrize("encode", ["prefix", "plain"])
+def test_a_context_that_leaves_no_room_is_told(small_encoder, space, encode):
+    prompts = SoftPrompts(small_encoder, space, encode=encode)
+    length = len(small_encoder.model.positional_embedding)
+    for spare in (0, 1):
+        context = torch.zeros(length - 4 + spare, small_encoder.text_dim)  # beside [SOS], two words and [EOS]
+        kinds = [context], [(prompts.primitives[:5], prompts.primitives[5:])], [space.pairs]
+        if spare == 0:
+            assert prompts.encode_kinds(*kinds)[0].shape == (7, small_encoder.dim)
+        else:
+            with pytest.raises(ValueError, match="expected"):
+                prompts.encode_kinds(*kinds)
