@@ -1,0 +1,1 @@
+from czsl_heads.adapters.bottleneck import add_bottlenecks as add_bottlenecks

@@ -1,0 +1,118 @@
+"""CLIP zero-shot: a pair is the sentence "a photo of attribute object"; nothing is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from baselines.branch import Align, Seam, check_pairs, check_targets
+from baselines.official import read_clip, read_vocabulary
+from czsl_heads import CompositionSpace
+from czsl_heads._checks import check_kind
+from czsl_heads.encoders.protocol import Encoder, check_encoder
+from czsl_heads.space import clean_name
+
+_ROWS = 1024  # sentences encoded at once
+
+
+class CLIP(nn.Module):
+    r"""Zero-shot CLIP on pairs.
+
+    .. math:: \ell(x, (a, o)) = \tau \cos(v(x), t(\text{a photo of } a \, o))
+
+    Args:
+        encoder: A wrapped CLIP.
+        space: Gives the primitives, whose names are cleaned; pairs are passed to each call.
+        align: How an image is compared with texts: ``"cls"``, as published, or a :class:`~czsl_heads.SparseAlignHead`.
+        context: The words in front of a pair.
+        official: Reproduce the released code; on a CPU its numbers are those of the clean reading.
+        half_logits: Logits rounded to float16; the released code does so on a GPU.
+
+    Shape:
+        images [batch, 3, height, width], pairs [K, 2] long (attribute index, object index); to logits [batch, K].
+
+    Raises:
+        TypeError, ValueError: An argument is of another kind or shape, pairs name no primitives of ``space``, or a
+            sentence does not fit the context of the text tower.
+
+    Example:
+        >>> import torch
+        >>> from czsl_heads import CompositionSpace, wrap
+        >>> space = CompositionSpace(["red", "blue"], ["circle"], seen=[("red", "circle")]).open_world()
+        >>> CLIP(wrap("tiny"), space)(torch.zeros(3, 3, 48, 48), space.pairs).shape
+        torch.Size([3, 2])
+
+    References:
+        Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021; for pairs as
+        in Nayak et al., ICLR 2023.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        space: CompositionSpace,
+        *,
+        align: Align = "cls",
+        context: str = "a photo of",
+        official: bool = False,
+        half_logits: bool = False,
+    ) -> None:
+        super().__init__()
+        check_encoder("encoder", encoder)
+        check_kind("space", space, CompositionSpace)
+        self.encoder, self.context, self.official = encoder, context, official
+        self.attributes, self.objects = space.attributes, space.objects
+        self.seam = Seam(align, half_logits=half_logits)
+
+    def sentence(self, pair: Sequence[int]) -> str:
+        """What is said of a pair (attribute index, object index)."""
+        attribute, obj = clean_name(self.attributes[pair[0]]), clean_name(self.objects[pair[1]])
+        return f"{self.context} {attribute} {obj}".strip()
+
+    def texts(self, pairs: Tensor) -> Tensor:
+        """Unit text features of pairs ``[K, dim]``: once for a whole evaluation."""
+        check_pairs(pairs, len(self.attributes), len(self.objects))
+        features = [
+            self.encoder.encode_texts([self.sentence(pair) for pair in chunk.tolist()]) for chunk in pairs.split(_ROWS)
+        ]
+        return F.normalize(torch.cat(features), dim=-1)
+
+    def forward(self, images: Tensor, pairs: Tensor, texts: Tensor | None = None) -> Tensor:
+        """Logits of pairs; ``texts`` are :meth:`texts` of these pairs, where they are known already."""
+        texts = self.texts(pairs) if texts is None else texts
+        logits: Tensor = self.seam(self.encoder.encode_tokens(images), texts, self.encoder.logit_scale)
+        return logits
+
+    def scores(self, images: Tensor, pairs: Tensor, texts: Tensor | None = None) -> Tensor:
+        """What ranks pairs: the logits themselves."""
+        logits: Tensor = self(images, pairs, texts)
+        return logits
+
+    def loss(self, images: Tensor, pairs: Tensor, targets: Tensor, texts: Tensor | None = None) -> Tensor:
+        """Cross-entropy over ``pairs`` at rows ``targets`` [batch]; nothing learns from it unless the seam does."""
+        check_targets(targets, images, pairs)
+        return F.cross_entropy(self(images, pairs, texts), targets)
+
+    @classmethod
+    def from_official(
+        cls,
+        clip_state: Mapping[str, Tensor],
+        attributes: Sequence[str],
+        objects: Sequence[str],
+        **options: Any,
+    ) -> CLIP:
+        """A CLIP from its state dict in OpenAI's layout, of any size, in eval mode; ``options`` are the constructor's.
+
+        Raises:
+            TypeError, ValueError: A tensor is missing or unknown, or of a shape that cannot be right.
+        """
+        encoder, space = read_clip(clip_state), read_vocabulary(attributes, objects)
+        return cls(encoder, space, official=True, **options).eval()
+
+    def official_tensors(self) -> dict[str, Tensor]:
+        """Empty: the released code saves nothing."""
+        return {}

@@ -1,0 +1,199 @@
+"""Any baseline on Lightning: trained over seen pairs, its epoch chosen on validation, tested in the closed world."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from baselines import BASELINES
+from baselines.branch import Align
+from baselines.options import Config, Options
+from czsl_heads import CompositionSpace, SparseAlignHead, wrap
+from czsl_heads._files import write_json
+from czsl_heads.data.layout import CompositionDataset
+from czsl_heads.functional.protocol import CZSLResult
+from czsl_heads.metrics.czsl_score import CZSLScore
+from czsl_heads.training.evaluate import PROTOCOLS
+from czsl_heads.training.loaders import eval_loader, train_loader
+from czsl_heads.training.stage import check_validation
+from czsl_heads.training.trainer import (
+    BestWithin,
+    fitting_trainer,
+    interruptible,
+    is_main_process,
+    quiet,
+    testing_trainer,
+)
+
+RECORD = "run.json"
+SELECTED = "val/selected"  # the larger the better
+
+
+def build(config: Config, space: CompositionSpace, align: str) -> Any:
+    """The method of a configuration; ``align`` is ``"cls"``, as published, or a reduction of Sparse Alignment."""
+    options = config.baseline
+    head: Align = "cls"
+    if align != "cls":
+        k = options.topk if align == "topk" else None
+        head = SparseAlignHead(align, k=k, include_cls=options.include_cls)  # type: ignore[arg-type]
+    return BASELINES[config.method](wrap(config.encoder), space, align=head, **options.model)
+
+
+class Training(lightning.LightningModule):
+    """Trains, validates and tests a baseline.
+
+    Checkpoints hold all but frozen parameters. Every epoch starts from a generator seeded by (seed, epoch), so one that
+    was interrupted gives the same numbers when it is run again.
+    """
+
+    def __init__(self, model: Any, dataset: CompositionDataset, options: Options, *, seed: int) -> None:
+        super().__init__()
+        check_validation(dataset)
+        self.model, self.dataset, self.options, self.seed = model, dataset, options, seed
+        self.strict_loading = False
+        self.train_pairs = dataset.space.pairs[dataset.space.seen_mask]
+        self.register_buffer("_train_row", torch.full((len(dataset.space),), -1), persistent=False)
+        self.get_buffer("_train_row")[dataset.space.seen_mask] = torch.arange(len(self.train_pairs))
+        self.results: dict[str, CZSLResult] = {}
+        self._texts: Any = None
+        self._scores: dict[str, CZSLScore] = {}
+        self._loss_sum = torch.zeros((), dtype=torch.float64)
+        self.train()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        images = self.dataset.images("train", self.model.encoder.transform(train=True), seed=self.seed)
+        ranks = {"rank": self.global_rank, "num_ranks": self.trainer.world_size}
+        return train_loader(images, self.options.loading, self.seed, **ranks)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return eval_loader(self.dataset.images("val", self.model.encoder.transform()), self.options.loading)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return eval_loader(self.dataset.images("test", self.model.encoder.transform()), self.options.loading)
+
+    def configure_optimizers(self) -> Any:
+        options = self.options
+        learned = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(learned, lr=options.learning_rate, weight_decay=options.weight_decay)
+        every = options.decay_every or options.epochs  # which is never
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, every, options.decay_factor)]
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * 1_009 + self.global_rank)
+        if self.current_epoch:
+            # Lightning sets modes around train(), with which a method may have plans of its own.
+            self.model.eval()
+            self.model.train()
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, columns = batch
+        loss: Tensor = self.model.loss(images, self.train_pairs, self.get_buffer("_train_row")[columns])
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(images))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._start("val")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self._score(batch)
+        if self.options.selection == "loss":
+            images, columns = batch
+            loss = getattr(self.model, "validation_loss", self.model.loss)
+            self._loss_sum += loss(images, self.dataset.space.pairs, columns, self._texts).double().cpu() * len(images)
+
+    def on_validation_epoch_end(self) -> None:
+        result = self._scores["standard"].compute()
+        loss = self._loss_sum.item() / len(self.dataset.samples["val"])
+        selected = {"auc": result.auc, "loss": -loss, "last": float(self.current_epoch)}[self.options.selection]
+        self.log("val/auc", result.auc, prog_bar=True)
+        self.log(SELECTED, selected)
+
+    def on_test_epoch_start(self) -> None:
+        self._start("test")
+
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self._score(batch)
+
+    def on_test_epoch_end(self) -> None:
+        self.results = {protocol: score.compute() for protocol, score in self._scores.items()}
+
+    def _start(self, split: str) -> None:
+        space, mask = self.dataset.space, self.dataset.eval_mask(split)
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            self._texts = self.model.texts(space.pairs)
+        # Every process evaluates all images, in file order: there is nothing to gather.
+        self._scores = {
+            protocol: CZSLScore(space, eval_mask=mask, protocol=protocol, sync_on_compute=False)
+            for protocol in PROTOCOLS
+        }
+        self._loss_sum.zero_()
+
+    def _score(self, batch: tuple[Tensor, Tensor]) -> None:
+        images, columns = batch
+        scores = self.model.scores(images, self.dataset.space.pairs, self._texts).cpu()
+        for score in self._scores.values():
+            score.update(scores, columns.cpu())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in frozen}
+
+
+def train_baseline(folder: Path, dataset: CompositionDataset, config: Config, align: str, seed: int) -> dict[str, Any]:
+    """Train and test one model; a run that was interrupted goes on from its last whole epoch.
+
+    Returns:
+        The record: what was trained, the chosen epoch, and the results on the test images by protocol.
+
+    Raises:
+        ValueError: There is something to train and no epoch to do so, or the other way round.
+        KeyboardInterrupt: The run was interrupted; calling again resumes it.
+    """
+    path = folder / RECORD
+    if path.exists():
+        record: dict[str, Any] = json.loads(path.read_text())
+        return record
+    lightning.seed_everything(seed, verbose=False)
+    model = build(config, dataset.space, align)
+    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if config.baseline.epochs and not learned:
+        raise ValueError(f"expected `options.epochs` to be 0 for {config.method}, which learns nothing, got more")
+    module = Training(model, dataset, config.baseline, seed=seed)
+    with quiet(), interruptible():
+        if config.baseline.epochs:
+            trainer, chosen = _fit(module, folder, config)
+        else:
+            trainer, chosen = testing_trainer(config.trainer), {"best_epoch": None, "selected": None}
+        trainer.test(module, verbose=False)
+    tests = {protocol: _shortened(result.as_dict()) for protocol, result in module.results.items()}
+    settings = {"method": config.method, "align": align, "seed": seed, "trainable_parameters": learned}
+    record = {**settings, **chosen, "test": {"closed": tests}}
+    return write_json(path, record) if is_main_process() else record  # last: it marks the run as finished
+
+
+def _fit(module: Training, folder: Path, config: Config) -> tuple[lightning.Trainer, dict[str, Any]]:
+    """Train, go back to the chosen epoch, and tell which it was."""
+    options, images = config.baseline, len(module.dataset.samples["train"])
+    best = BestWithin(folder / "checkpoints", "best", epochs=options.epochs)
+    best.monitor = SELECTED
+    flags = {**config.trainer, "accumulate_grad_batches": options.accumulate}
+    fitter = fitting_trainer(folder, options.loading, images, [best], options.epochs, flags)
+    last = folder / "checkpoints" / "last.ckpt"
+    fitter.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
+    kept = torch.load(best.best_model_path, weights_only=True, map_location="cpu")
+    module.load_state_dict(kept["state_dict"], strict=False)
+    score = best.best_model_score
+    return fitter, {"best_epoch": int(kept["epoch"]) + 1, "selected": None if score is None else score.item()}
+
+
+def _shortened(result: dict[str, Any]) -> dict[str, Any]:
+    """The curve to five digits, which tell shares of up to 100,000 images apart; all else as it is."""
+    curve = [[None if value is None else round(value, 5) for value in point] for point in result["curve"]]
+    return {**result, "curve": curve}

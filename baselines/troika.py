@@ -1,0 +1,496 @@
+"""Troika: branches for pair, attribute and object, adapters in the vision tower, texts drawn towards each image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as run_again_in_backward
+
+from baselines.branch import Align, PairPrompts, Seam, check_targets
+from baselines.official import (
+    check_context,
+    check_state,
+    check_table,
+    copy_named,
+    count_heads,
+    read_clip,
+    read_vocabulary,
+)
+from czsl_heads import CompositionSpace
+from czsl_heads._checks import check_choice, check_integer, check_range
+from czsl_heads.adapters.bottleneck import AdaptedBlock, add_bottlenecks
+from czsl_heads.encoders.protocol import Encoder
+from czsl_heads.functional.fusion import combine
+from czsl_heads.functional.maxsim import maxsim
+from czsl_heads.functional.precision import score_dtype
+from czsl_heads.prompts.soft import Encode, TextFeatures
+
+PatchNorm = Literal["fresh", "cumulative"]
+Fusion = Literal["probs", "logits"]
+Branch = Literal["pairs", "attributes", "objects"]
+Weights = tuple[float, float, float]
+BRANCHES: tuple[Branch, ...] = ("pairs", "attributes", "objects")
+_ROWS = 16384  # images x texts that traction works on at once
+
+
+class TroikaLogits(NamedTuple):
+    """Logits of the three branches: ``pairs`` [batch, K], ``attributes`` [batch, A], ``objects`` [batch, O]."""
+
+    pairs: Tensor
+    attributes: Tensor
+    objects: Tensor
+
+
+class Quirks(NamedTuple):
+    """What the released code does besides the method; the defaults are the clean reading."""
+
+    patch_norm: PatchNorm = "fresh"
+    fusion: Fusion = "probs"
+    text_chunk: int = 0
+    fused_validation_loss: bool = False
+    stays_in_eval: bool = False
+
+
+OFFICIAL = Quirks("cumulative", "logits", 1024, True, True)
+
+
+class Disentangler(nn.Module):
+    """An image feature in the view of one primitive: linear, batch norm, ReLU, dropout of one half.
+
+    Args:
+        dim: Of the joint space.
+        norm_rows: Whose statistics normalise in training: ``"tokens"``, all that come in, or ``"cls"``, token 0 alone.
+        dropout_mask: One mask a ``"token"``, or one an ``"image"``, under which its tokens remain comparable.
+
+    Shape:
+        [batch, tokens, dim] to [batch, tokens, dim].
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        norm_rows: Literal["tokens", "cls"] = "tokens",
+        dropout_mask: Literal["token", "image"] = "token",
+    ) -> None:
+        super().__init__()
+        check_choice("norm_rows", norm_rows, ("tokens", "cls"))
+        check_choice("dropout_mask", dropout_mask, ("token", "image"))
+        self.norm_rows, self.dropout_mask = norm_rows, dropout_mask
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.BatchNorm1d(dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = F.relu(self._normalized(self.proj(tokens)))
+        mask = torch.ones_like(hidden if self.dropout_mask == "token" else hidden[:, :1])
+        viewed: Tensor = hidden * F.dropout(mask, training=self.training)
+        return viewed
+
+    def _normalized(self, hidden: Tensor) -> Tensor:
+        # flattened, since batch norm would take dimension 1, the tokens, for channels
+        if not self.training or self.norm_rows == "tokens":
+            normalized: Tensor = self.norm(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+            return normalized
+        self.norm(hidden[:, 0])  # for the running statistics
+        wide = hidden.to(score_dtype(hidden))
+        variance, mean = torch.var_mean(wide[:, 0], dim=0, correction=0)
+        scaled: Tensor = (wide - mean) * (variance + self.norm.eps).rsqrt() * self.norm.weight + self.norm.bias
+        return scaled
+
+
+class CrossAttention(nn.Module):
+    """Texts attend to tokens; the projections of both have no bias."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = count_heads("dim", dim)
+        self.q_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = nn.Linear(dim, dim, bias=False)
+        self.v_proj = nn.Linear(dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[batch, heads, tokens, dim / heads]``, which all texts share."""
+        return self._split(self.k_proj(tokens)), self._split(self.v_proj(tokens))
+
+    def forward(self, texts: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
+        mixed = F.scaled_dot_product_attention(self._split(self.q_proj(texts)), *read)
+        attended: Tensor = self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+        return attended
+
+    def _split(self, vectors: Tensor) -> Tensor:
+        parts: Tensor = vectors.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return parts
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), OpenAI's."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * torch.sigmoid(1.702 * hidden)
+
+
+class TractionLayer(nn.Module):
+    """Texts ``[batch, texts, dim]`` attend to tokens, then pass an MLP; only the MLP has a layer norm before it."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.cross_attn = CrossAttention(dim, dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), QuickGELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, texts: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
+        texts = texts + self.cross_attn(texts, read)
+        out: Tensor = texts + self.dropout(self.mlp(self.norm(texts)))
+        return out
+
+
+class Traction(nn.Module):
+    r"""Cross-modal traction: each text moves towards each image.
+
+    .. math:: \hat t_{bk} = \mathrm{normalize}(t_k + \lambda \odot \mathrm{layers}(t_k; \mathrm{ln}(X_b)))
+
+    Texts do not see each other, so that any part of them can be run by itself.
+    """
+
+    def __init__(self, dim: int, layers: int, *, init: float, dropout: float) -> None:
+        super().__init__()
+        check_integer("layers", layers, 0)
+        check_range("traction_dropout", dropout, 0, 1)
+        self.layers = nn.ModuleList(TractionLayer(dim, dropout) for _ in range(layers))
+        self.weight = nn.Parameter(torch.full((dim,), float(init)))
+        self.token_norm = nn.LayerNorm(dim)
+
+    def read(self, normed: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What the layers see of tokens ``[batch, tokens, dim]``, normed."""
+        layers: Any = self.layers
+        return [layer.cross_attn.read(normed) for layer in layers]
+
+    def forward(self, texts: Tensor, reads: list[tuple[Tensor, Tensor]], batch: int) -> Tensor:
+        """Unit texts ``[texts, dim]`` or ``[batch, texts, dim]`` to ``[batch, texts, dim]``, unit rows."""
+        moved = texts.expand(batch, -1, -1)
+        for layer, read in zip(self.layers, reads):
+            moved = layer(moved, read)
+        return F.normalize(texts + self.weight * moved, dim=-1)
+
+
+class Troika(nn.Module):
+    r"""Multi-path cross-modal traction: with v the [CLS] feature and :math:`\hat t` the texts after traction,
+
+    .. math:: \ell_{pair} = \tau \cos(v, \hat t_{ao}), \quad \ell_{attr} = \tau \cos(D_a(v), \hat t_a), \quad
+              \ell_{obj} = \tau \cos(D_o(v), \hat t_o)
+
+    Args:
+        encoder: A wrapped CLIP; adapters are put into its vision tower.
+        space: Gives the primitives; pairs are passed to each call.
+        align: How an image is compared with texts, in all branches: ``"cls"``, as published, or a
+            :class:`~czsl_heads.SparseAlignHead`, whose ``include_cls`` says whether [CLS] is one of the tokens.
+        align_branches: Where ``align`` stands; the other branches compare [CLS].
+        align_tokens: Which tokens a head sees: ``"projected"``, in CLIP's space, or ``"normed"``, those of traction.
+        disentangle: ``"each"``: every token is disentangled, and the head takes its pick for each text; ``"winner"``:
+            one token an image is, the one that wins the best pair.
+        norm_rows, dropout_mask: Of the :class:`Disentangler`, on several tokens.
+        layers, init_weight, traction_dropout: Of the :class:`Traction`.
+        traction_chunk: Texts that traction works on at once; the result is the same. Where there are several chunks,
+            their activations are not kept but computed again in the backward pass. Default: as many as keep images x
+            texts at 16,384.
+        adapter_dim, adapter_dropout: Of the adapters.
+        context: The words that the three contexts start from.
+        primitives: The table to start from; default: of each name, the mean of its token embeddings.
+        dropout: On the whole table, in training.
+        loss_weights: Of the losses of pairs, attributes and objects.
+        inference_weights: The same in the scores; a primitive of weight 0 is a factor of 1.
+        official: Turn on what the released code does: the options below, where they are None, and prompts run whole.
+        patch_norm: ``"fresh"``: tokens are normed once in each branch; ``"cumulative"`` (official): once for pairs,
+            twice for attributes, three times for objects, since the normed tokens take the place of the tokens.
+        fusion: ``"probs"`` adds probabilities of pair and primitives, as the paper; ``"logits"`` (official) adds to
+            the pair's logit.
+        text_chunk: Pairs that the released evaluation encodes at once (official: 1024; 0: all). Each chunk brings its
+            own copy of attributes and objects, so that their probabilities are divided by the number of chunks.
+        fused_validation_loss: Whether :meth:`validation_loss` takes the fused scores for logits (official: yes).
+        stays_in_eval: Whether ``train()`` no longer has an effect after training was interrupted by ``eval()``
+            (official: yes). A loop that sets modes by other means is not reached.
+        encode: Of :class:`~czsl_heads.prompts.soft.SoftPrompts`.
+        checkpoint: Keep no activations of the blocks of both towers in training but run them again.
+
+    Shape:
+        images [batch, 3, height, width], pairs [K, 2] long (attribute index, object index); to :class:`TroikaLogits`.
+
+    Raises:
+        TypeError, ValueError: An argument is of another kind, shape or range, or pairs name no primitives.
+
+    Example:
+        >>> import torch
+        >>> from czsl_heads import CompositionSpace, SparseAlignHead, wrap
+        >>> space = CompositionSpace(["red", "blue"], ["circle"], seen=[("red", "circle")]).open_world()
+        >>> troika = Troika(wrap("tiny"), space, align=SparseAlignHead(), layers=1).eval()
+        >>> [tuple(logits.shape) for logits in troika(torch.zeros(3, 3, 48, 48), space.pairs)]
+        [(3, 2), (3, 2), (3, 1)]
+
+    References:
+        Huang et al., Troika: Multi-Path Cross-Modal Traction for Compositional Zero-Shot Learning, CVPR 2024.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        space: CompositionSpace,
+        *,
+        align: Align = "cls",
+        align_branches: Sequence[Branch] = BRANCHES,
+        align_tokens: Literal["projected", "normed"] = "projected",
+        disentangle: Literal["each", "winner"] = "each",
+        norm_rows: Literal["tokens", "cls"] = "tokens",
+        dropout_mask: Literal["token", "image"] = "token",
+        layers: int = 2,
+        init_weight: float = 0.1,
+        traction_dropout: float = 0.0,
+        traction_chunk: int | None = None,
+        adapter_dim: int = 64,
+        adapter_dropout: float = 0.1,
+        context: str = "a photo of",
+        primitives: Tensor | None = None,
+        dropout: float = 0.0,
+        loss_weights: Weights = (1.0, 0.1, 0.1),
+        inference_weights: Weights = (1.0, 1.0, 1.0),
+        official: bool = False,
+        patch_norm: PatchNorm | None = None,
+        fusion: Fusion | None = None,
+        text_chunk: int | None = None,
+        fused_validation_loss: bool | None = None,
+        stays_in_eval: bool | None = None,
+        encode: Encode | None = None,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        asked = (patch_norm, fusion, text_chunk, fused_validation_loss, stays_in_eval)
+        named: Any = {name: value for name, value in zip(Quirks._fields, asked) if value is not None}
+        self.quirks = (OFFICIAL if official else Quirks())._replace(**named)
+        self.align_branches, self.align_tokens, self.disentangle = tuple(align_branches), align_tokens, disentangle
+        self.traction_chunk, self.loss_weights, self.inference_weights = traction_chunk, loss_weights, inference_weights
+        self._check_options()
+        self.prompts = PairPrompts(
+            encoder,
+            space,
+            span="all",
+            context=context,
+            primitives=primitives,
+            dropout=dropout,
+            encode=encode or ("plain" if official else "auto"),
+            checkpoint=checkpoint,
+        )
+        views = {"norm_rows": norm_rows, "dropout_mask": dropout_mask}
+        self.attribute_disentangler = Disentangler(encoder.dim, **views)  # type: ignore[arg-type]
+        self.object_disentangler = Disentangler(encoder.dim, **views)  # type: ignore[arg-type]
+        self.traction = Traction(encoder.dim, layers, init=init_weight, dropout=traction_dropout)
+        self.seam, self.cls_seam = Seam(align), Seam("cls")
+        self.checkpoint, self._was_trained = checkpoint, False
+        add_bottlenecks(encoder, dim=adapter_dim, dropout=adapter_dropout)  # last: it changes what was passed in
+        self.encoder = encoder
+
+    def texts(self, pairs: Tensor) -> TextFeatures:
+        """Unit text features before traction: once for a whole evaluation, anew at each step of training."""
+        return self.prompts.texts(pairs)
+
+    def forward(self, images: Tensor, pairs: Tensor, texts: TextFeatures | None = None) -> TroikaLogits:
+        """Logits of all branches; ``texts`` are :meth:`texts` of these pairs, where they are known already."""
+        texts = self.texts(pairs) if texts is None else texts
+        tokens = self._tokens(images)
+        normed = self._normed(tokens)
+        seen = [self._seen(branch, tokens, rows) for branch, rows in zip(BRANCHES, normed)]
+        of_pairs = self._compare(seen[0], normed[0], texts.pairs)
+        if self.disentangle == "winner" and self.seam.takes_tokens:
+            winner = self._winner(of_pairs, tokens, normed[0], texts.pairs)
+            seen[1:] = [rows if rows.shape[1] == 1 else winner for rows in seen[1:]]
+        of_attributes = self._compare(self.attribute_disentangler(seen[1]), normed[1], texts.attributes)
+        of_objects = self._compare(self.object_disentangler(seen[2]), normed[2], texts.objects)
+        return TroikaLogits(of_pairs, of_attributes, of_objects)
+
+    def scores(self, images: Tensor, pairs: Tensor, texts: TextFeatures | None = None) -> Tensor:
+        """What ranks pairs: all branches fused."""
+        return self.fuse(self(images, pairs, texts), pairs)
+
+    def fuse(self, logits: TroikaLogits, pairs: Tensor) -> Tensor:
+        """One score a pair from the logits of all branches: :math:`w_p p(a, o) + w_a p(a) \\, w_o p(o)`."""
+        of_pairs = logits.pairs.softmax(dim=1) if self.quirks.fusion == "probs" else logits.pairs
+        pair_weight, attr_weight, obj_weight = self.inference_weights
+        of_attributes = self._weighted(logits.attributes, attr_weight, self._copies(pairs))
+        of_objects = self._weighted(logits.objects, obj_weight, self._copies(pairs))
+        return combine(pair_weight * of_pairs, of_attributes, of_objects, pairs)
+
+    @staticmethod
+    def _weighted(logits: Tensor, weight: float, copies: int) -> Tensor:
+        return logits.softmax(dim=1) * (weight / copies) if weight else torch.ones_like(logits)
+
+    def loss(self, images: Tensor, pairs: Tensor, targets: Tensor, texts: TextFeatures | None = None) -> Tensor:
+        """Weighted cross-entropies of the branches over ``pairs``, those of training, at rows ``targets`` [batch]."""
+        check_targets(targets, images, pairs)
+        return self._loss(self(images, pairs, texts), pairs, targets)
+
+    def validation_loss(
+        self, images: Tensor, pairs: Tensor, targets: Tensor, texts: TextFeatures | None = None
+    ) -> Tensor:
+        """:meth:`loss`, or what the released evaluation calls so (``fused_validation_loss``, ``text_chunk``)."""
+        check_targets(targets, images, pairs)
+        logits: TroikaLogits = self(images, pairs, texts)
+        if self.quirks.fused_validation_loss:
+            logits = logits._replace(pairs=self.fuse(logits, pairs))
+        return self._loss(logits, pairs, targets) + math.log(self._copies(pairs)) * sum(self.loss_weights[1:])
+
+    def train(self, mode: bool = True) -> Troika:
+        """As in torch, but for ``stays_in_eval``."""
+        if mode and self.quirks.stays_in_eval and self._was_trained and not self.training:
+            return self
+        self._was_trained |= mode
+        return super().train(mode)
+
+    def _loss(self, logits: TroikaLogits, pairs: Tensor, targets: Tensor) -> Tensor:
+        attributes, objects = pairs.to(targets.device)[targets].unbind(dim=1)
+        terms = map(F.cross_entropy, logits, (targets, attributes, objects))
+        return torch.stack([weight * term for weight, term in zip(self.loss_weights, terms)]).sum()
+
+    def _copies(self, pairs: Tensor) -> int:
+        """Copies of each primitive among which the released evaluation spreads its probability."""
+        return math.ceil(len(pairs) / self.quirks.text_chunk) if self.quirks.text_chunk else 1
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        if self.checkpoint:
+            return self.encoder.encode_tokens(images, checkpoint=True)
+        return self.encoder.encode_tokens(images)  # so that an encoder that knows no checkpoints will do
+
+    def _normed(self, tokens: Tensor) -> Sequence[Tensor]:
+        """What traction reads in each branch."""
+        first = self.traction.token_norm(tokens)
+        if self.quirks.patch_norm == "fresh":
+            return [first] * 3
+        second = self.traction.token_norm(first)
+        return [first, second, self.traction.token_norm(second)]
+
+    def _seen(self, branch: Branch, tokens: Tensor, normed: Tensor) -> Tensor:
+        """The tokens that are compared in a branch."""
+        if branch not in self.align_branches or not self.seam.takes_tokens:
+            return tokens[:, :1]
+        return normed if self.align_tokens == "normed" else tokens
+
+    def _compare(self, features: Tensor, normed: Tensor, texts: Tensor) -> Tensor:
+        """Logits ``[batch, texts]`` of one branch, chunk by chunk of its texts."""
+        reads, batch = self.traction.read(normed), len(features)
+        seam = self.seam if features.shape[1] > 1 else self.cls_seam
+
+        def compare(chunk: Tensor) -> Tensor:
+            logits: Tensor = seam(features, self.traction(chunk, reads, batch), self.encoder.logit_scale)
+            return logits
+
+        chunks = texts.split(self.traction_chunk or max(1, _ROWS // batch))
+        again = len(chunks) > 1 and torch.is_grad_enabled()
+        run: Callable[[Tensor], Any] = (
+            partial(run_again_in_backward, compare, use_reentrant=False) if again else compare
+        )
+        return torch.cat([run(chunk) for chunk in chunks], dim=1)
+
+    def _winner(self, logits: Tensor, tokens: Tensor, normed: Tensor, texts: Tensor) -> Tensor:
+        """The token of each image that wins its best pair ``[batch, 1, dim]``."""
+        candidates = normed if self.align_tokens == "normed" else tokens
+        candidates = candidates if self.seam.head.include_cls else candidates[:, 1:]
+        with torch.no_grad():
+            best = texts[logits.argmax(dim=1)][:, None]
+            drawn = self.traction(best, self.traction.read(normed), len(tokens))
+            _, index = maxsim(F.normalize(candidates, dim=-1), drawn, return_index=True)
+        return candidates[torch.arange(len(index), device=index.device)[:, None], index]
+
+    def _check_options(self) -> None:
+        check_choice("patch_norm", self.quirks.patch_norm, ("fresh", "cumulative"))
+        check_choice("fusion", self.quirks.fusion, ("probs", "logits"))
+        check_integer("text_chunk", self.quirks.text_chunk, 0)
+        for branch in self.align_branches:
+            check_choice("align_branches", branch, BRANCHES)
+        check_choice("align_tokens", self.align_tokens, ("projected", "normed"))
+        check_choice("disentangle", self.disentangle, ("each", "winner"))
+        if self.traction_chunk is not None:
+            check_integer("traction_chunk", self.traction_chunk, 1)
+        for name in ("loss_weights", "inference_weights"):
+            weights = getattr(self, name)
+            if len(weights) != 3:
+                raise ValueError(f"expected `{name}` of pairs, attributes and objects, got {weights}")
+            for weight in weights:
+                check_range(name, weight, 0)
+
+    @classmethod
+    def from_official(
+        cls,
+        state: Mapping[str, Tensor],
+        attributes: Sequence[str],
+        objects: Sequence[str],
+        *,
+        enable_pos_emb: bool = True,
+        **options: Any,
+    ) -> Troika:
+        """What the released code saved, in eval mode and with its numbers.
+
+        Args:
+            state: State dict of the whole official module, its CLIP of any size.
+            attributes, objects: Names in the order of the table ``soft_att_obj``.
+            enable_pos_emb: Of the released code, where it is always on.
+            options: Of the constructor, such as ``align``, or the weights of losses and scores, which the released code
+                does not save; ``official`` is True. What the state decides is refused.
+
+        Raises:
+            TypeError, ValueError: A tensor is missing or unknown, or of a shape that cannot be right; or an option is.
+        """
+        clip, own = _split_state(state)
+        encoder, space = read_clip(clip, enable_pos_emb=enable_pos_emb), read_vocabulary(attributes, objects)
+        rows = len(space.attributes) + len(space.objects)
+        decided: dict[str, Any] = {
+            "primitives": check_table("soft_att_obj", own["soft_att_obj"], rows, encoder.text_dim),
+            "layers": len({name.split(".")[1] for name in own if name.startswith("cmt.")}),
+            "adapter_dim": len(own["additional_visual_params.0.down_proj.bias"]),
+        }
+        model = cls(encoder, space, context="", official=True, **decided, **options)
+        for name, of_whom in _CONTEXTS.items():
+            words = 2 if of_whom == "pair_context" else 1
+            setattr(model.prompts, of_whom, nn.Parameter(check_context(name, own[name], encoder, words=words)))
+        copy_named(model.official_tensors(), own, "the state of Troika")
+        return model.eval()
+
+    def official_tensors(self) -> dict[str, Tensor]:
+        """Our tensors, less CLIP's, by the names under which the released code saves them."""
+        blocks = [block for block in self.encoder.blocks("vision") if isinstance(block, AdaptedBlock)]
+        adapters = [*(block.attn_adapter for block in blocks), *(block.mlp_adapter for block in blocks)]
+        modules: dict[str, nn.Module] = {
+            **{f"additional_visual_params.{index}": adapter for index, adapter in enumerate(adapters)},
+            **{f"cmt.{index}": layer for index, layer in enumerate(self.traction.layers)},
+            "patch_norm": self.traction.token_norm,
+        }
+        for name, view in (("attr", self.attribute_disentangler), ("obj", self.object_disentangler)):
+            modules |= {f"{name}_disentangler.fc1": view.proj, f"{name}_disentangler.bn1_fc": view.norm}
+        tensors: dict[str, Tensor] = {"soft_att_obj": self.prompts.primitives, "lamda": self.traction.weight}
+        tensors |= {name: getattr(self.prompts, of_whom) for name, of_whom in _CONTEXTS.items()}
+        for prefix, module in modules.items():
+            tensors |= {f"{prefix}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+        return tensors
+
+
+_CONTEXTS = {
+    "comp_ctx_vectors": "pair_context",
+    "attr_ctx_vectors": "attribute_context",
+    "obj_ctx_vectors": "object_context",
+}
+_NEEDED = ("soft_att_obj", "additional_visual_params.0.down_proj.bias", *_CONTEXTS)
+
+
+def _split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """CLIP's weights and the method's own; ``text_encoder`` only names parts of CLIP again."""
+    check_state("state", state)
+    clip = {name: tensor for name, tensor in state.items() if name.startswith("clip.")}
+    own = {name: tensor for name, tensor in state.items() if not name.startswith(("clip.", "text_encoder."))}
+    if missing := [name for name in _NEEDED if name not in own]:
+        raise ValueError(f"expected `state` of the official Troika, got no {missing[0]!r}")
+    return clip, own

@@ -1,0 +1,243 @@
+"""``python -m baselines ablate``: real runs on 192 images."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from baselines.__main__ import main
+from baselines.ablate import run_ablation
+from baselines.options import configure
+from baselines.report import comparison_markdown
+from baselines.train import Training, build, train_baseline
+from czsl_heads.data import read_dataset
+from czsl_heads.metrics import CZSLScore
+from czsl_heads.report.table import interval, percent
+from czsl_heads.training import trainer as lightning_trainer
+from czsl_heads.training.loaders import eval_loader
+
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
+FAST = {"epochs": 1, "batch_size": 48}
+FLAGS = [
+    "--options.epochs=1",
+    "--options.batch_size=48",
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=0",
+]
+NUMBERS = ("seen", "unseen", "harmonic_mean", "auc")
+
+
+@pytest.fixture(scope="module")
+def dataset(shapes_root):
+    return read_dataset(shapes_root)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory, shapes_root):
+    """The folder of a finished comparison of two seeds, shared: no test may change it."""
+    out = tmp_path_factory.mktemp("comparisons") / "csp"
+    assert main(["ablate", "--method=csp", f"--data={shapes_root}", "--seeds=2", f"--out={out}", *FLAGS]) == 0
+    return out, json.loads((out / "results.json").read_text())
+
+
+def configured(method, shapes_root, trainer=QUIET, seeds=1, **options):
+    return configure(method, data=str(shapes_root), seeds=seeds, options={**FAST, **options}, trainer=trainer)
+
+
+def modified(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("run.json")}
+
+
+def test_the_table_sums_up_its_runs(comparison):
+    out, results = comparison
+    assert [row["align"] for row in results["rows"]] == ["cls", "max", "topk"]
+    assert results["config"]["seeds"] == [0, 1]
+    assert results["config"]["options"]["batch_size"] == 48
+    assert (results["sources"]["batch_size"], results["sources"]["learning_rate"]) == ("given", "guess")
+    assert {"torch", "czsl-heads", "python"} <= results["environment"]["versions"].keys()
+    assert results["data"]["images"] == {"train": 96, "val": 48, "test": 48}
+    for row in results["rows"]:
+        files = [out / f"seed{seed}" / row["align"] / "run.json" for seed in (0, 1)]
+        assert row["runs"] == [json.loads(path.read_text()) for path in files]
+        for protocol in ("standard", "exact"):
+            for name in NUMBERS:
+                values = [run["test"]["closed"][protocol][name] for run in row["runs"]]
+                assert row["summary"][protocol][name] == {
+                    "mean": statistics.fmean(values),
+                    "std": statistics.stdev(values),
+                }
+
+
+def test_rows_differ_in_the_head_alone(comparison):
+    _, results = comparison
+    assert {row["trainable_parameters"] for row in results["rows"]} == {24 * 96}  # a vector a primitive, in every row
+    curves = [row["runs"][0]["test"]["closed"]["exact"]["curve"] for row in results["rows"]]
+    assert curves[0] != curves[1] != curves[2] != curves[0]
+
+
+def test_differences_are_paired_by_seed(comparison):
+    _, results = comparison
+    runs = {row["align"]: [run["test"]["closed"] for run in row["runs"]] for row in results["rows"]}
+    assert [(item["row"], item["against"]) for item in results["comparisons"]] == [("max", "cls"), ("topk", "cls")]
+    for item in results["comparisons"]:
+        for protocol, differences in item["differences"].items():
+            for name in NUMBERS:
+                pairs = zip(runs[item["row"]], runs["cls"])
+                found = [one[protocol][name] - other[protocol][name] for one, other in pairs]
+                assert differences[name]["mean"] == pytest.approx(statistics.fmean(found))
+                # t(0.975, 1) = 12.7062
+                half = 12.7062 * statistics.stdev(found) / 2**0.5
+                assert differences[name]["half_width"] == pytest.approx(half, rel=1e-4)
+
+
+def test_the_page_says_what_the_numbers_say(comparison):
+    out, results = comparison
+    page = (out / "comparison.md").read_text()
+    assert page == comparison_markdown(results)
+    for protocol in ("standard", "exact"):
+        for row in results["rows"]:
+            cells = [percent(row["summary"][protocol][name]) for name in NUMBERS]
+            assert f"| csp | {row['name']} | {' | '.join(cells)} |" in page
+        for item, name in zip(results["comparisons"], [row["name"] for row in results["rows"][1:]]):
+            cells = [interval(item["differences"][protocol][number]) for number in NUMBERS]
+            assert f"| paired difference | {name} | {' | '.join(cells)} |" in page
+    assert "learning_rate 0.0003 (guess)" in page
+    assert "epochs 1 (given)" in page
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_seed_has_no_differences(comparison, shapes_root):
+    _, results = comparison
+    one = {**results, "config": {**results["config"], "seeds": [0]}}
+    assert "paired difference" not in comparison_markdown(one)
+
+
+def test_calling_again_repeats_nothing(comparison, shapes_root):
+    out, results = comparison
+    before = modified(out)
+    assert run_ablation(out, configured("csp", shapes_root, seeds=2)) == results
+    assert modified(out) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("coop", {}, "whose method is 'csp' instead of 'coop'"),
+        ("csp", {"learning_rate": 0.5}, "whose options.learning_rate is 0.0003 instead of 0.5"),
+        ("csp", {"context": "the"}, "whose options.model.context is None instead of 'the'"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(comparison, shapes_root, method, options, message):
+    out, _ = comparison
+    with pytest.raises(ValueError, match=message):
+        run_ablation(out, configured(method, shapes_root, **options))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method=eva"], "expected `method` to be one of clip, coop, csp, troika, got 'eva'"),
+        (["--method=csp", "--data=nowhere"], "nowhere: expected the folder of a data set, got nothing"),
+        (["--method=csp", "--options.epoch=3"], "expected `options` to be one of epochs"),
+        (["--method=troika", "--options.layers=-1"], "expected `layers` to be"),
+        (["--method=csp", "--options.topk=99"], "expected `k` to be"),
+        (["--method=csp", "--encoder=ViT-Z"], "expected `model_or_name`"),
+        (["--method=csp", "--trainer.accelerator=nope"], "expected `trainer` to hold flags"),
+    ],
+)
+def test_wrong_arguments_are_told_in_one_line_and_leave_nothing(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["ablate", "--out=out", *arguments]) == 1
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("baselines ablate: ")
+    assert message in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_clip_is_evaluated_and_nothing_else(tmp_path, shapes_root, dataset):
+    command = [sys.executable, "-m", "baselines", "ablate", "--method=clip", f"--data={shapes_root}", "--seeds=3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Nothing is trained" in done.stdout
+    results = json.loads((tmp_path / "baseline-clip" / "results.json").read_text())
+    assert results["config"]["seeds"] == [0]
+    assert not list(tmp_path.rglob("*.ckpt"))
+    config = configure("clip", data=str(shapes_root))
+    for row in results["rows"]:
+        clip = build(config, dataset.space, row["align"]).eval()
+        score = CZSLScore(dataset.space, eval_mask=dataset.eval_mask("test"))
+        loader = eval_loader(dataset.images("test", clip.encoder.transform()), config.options)
+        with torch.no_grad():
+            for images, columns in loader:
+                score.update(clip.scores(images, dataset.space.pairs), columns)
+        expected = score.compute()
+        found = row["runs"][0]["test"]["closed"]["standard"]
+        for name in NUMBERS:
+            assert found[name] == pytest.approx(getattr(expected, name), abs=1e-6)
+
+
+def test_epochs_for_a_method_that_learns_nothing_are_refused(tmp_path, shapes_root, dataset):
+    with pytest.raises(ValueError, match=r"`options\.epochs` to be 0 for clip, which learns nothing"):
+        train_baseline(tmp_path, dataset, configured("clip", shapes_root), "cls", 0)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, shapes_root, dataset, monkeypatch):
+    config = configured("troika", shapes_root, epochs=2, adapter_dim=4, dropout=0.2)
+    whole = train_baseline(tmp_path / "whole", dataset, config, "max", 0)
+    start, calls = Training.on_train_epoch_start, []
+
+    def interrupt_once(module):
+        calls.append(module.current_epoch)
+        if calls == [0, 1]:
+            raise KeyboardInterrupt
+        start(module)
+
+    monkeypatch.setattr(Training, "on_train_epoch_start", interrupt_once)
+    with pytest.raises(KeyboardInterrupt):
+        train_baseline(tmp_path / "parts", dataset, config, "max", 0)
+    assert train_baseline(tmp_path / "parts", dataset, config, "max", 0) == whole
+    assert calls == [0, 1, 1]
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_troikas_loop_stays_in_eval_mode_where_it_is_asked_to(shapes_root, dataset, stays):
+    config = configured("troika", shapes_root, epochs=2, adapter_dim=4, stays_in_eval=stays)
+    module, modes = Training(build(config, dataset.space, "cls"), dataset, config.baseline, seed=0), []
+
+    def note(disentangler, inputs):
+        if torch.is_grad_enabled():
+            modes.append((module.current_epoch, disentangler.training))
+
+    module.model.attribute_disentangler.register_forward_pre_hook(note)
+    flags = {**QUIET, "max_epochs": 2, "limit_train_batches": 1, "num_sanity_val_steps": 0}
+    with lightning_trainer.quiet():
+        lightning_trainer.testing_trainer(flags).fit(module)
+    assert modes == [(0, True), (1, not stays)]
+
+
+def test_the_last_epoch_is_taken_where_it_is_asked_for(tmp_path, shapes_root, dataset):
+    record = train_baseline(tmp_path, dataset, configured("coop", shapes_root, epochs=2, selection="last"), "cls", 0)
+    assert (record["best_epoch"], record["selected"]) == (2, 1.0)
+
+
+def test_the_epoch_of_least_loss_is_kept_with_all_that_was_learned(tmp_path, shapes_root, dataset):
+    config = configured("coop", shapes_root, selection="loss", accumulate=2)
+    record = train_baseline(tmp_path, dataset, config, "cls", 0)
+    coop = build(config, dataset.space, "cls").eval()
+    kept = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert "model.prompts.pair_context" in kept
+    assert not any("token_embedding" in name for name in kept)
+    coop.load_state_dict({name.removeprefix("model."): tensor for name, tensor in kept.items()}, strict=False)
+    images, columns = next(iter(eval_loader(dataset.images("val", coop.encoder.transform()), config.options)))
+    assert len(columns) == 48
+    with torch.no_grad():
+        loss = F.cross_entropy(coop(images, dataset.space.pairs), columns)
+    assert record["selected"] == pytest.approx(-loss.item(), rel=1e-5)
