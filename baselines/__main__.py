@@ -37,6 +37,9 @@ def ablate(out: Path | None = None, **arguments: Any) -> int:
     return 0
 
 
+_ADD = "vac: a condenser behind the method with Sparse Alignment; --add vac --add bank: a memory bank too"
+
+
 def _parser() -> Any:
     from jsonargparse import ArgumentParser
 
@@ -45,8 +48,9 @@ def _parser() -> Any:
     parser = ArgumentParser(prog="baselines", description="CLIP, CoOp, CSP and Troika, and Sparse Alignment in them.")
     commands = parser.add_subcommands(required=True)
     ablating = ArgumentParser(description="Train and test a method without and with Sparse Alignment.")
-    ablating.add_function_arguments(configure, skip={"quick"})
+    ablating.add_function_arguments(configure, skip={"quick", "add"})
     ablating.add_argument("--quick", action="store_true", help="fewer images and epochs, to check that everything runs")
+    ablating.add_argument("--add", action="append", default=[], metavar="{vac,bank}", help=_ADD)
     ablating.add_argument("--out", type=Path, help="folder: new, empty, or to resume; default: baseline-METHOD")
     ablating.add_argument("--config", action="config", help="YAML file with any of these arguments")
     commands.add_subcommand("ablate", ablating, help="a method without and with Sparse Alignment")

@@ -1,7 +1,8 @@
-"""Table 6 of the SAC paper for one method: without and with Sparse Alignment, same seeds, same budget."""
+"""Table 6 of the SAC paper for one method: without and with Sparse Alignment, same seeds, same budget; and more."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 
 from baselines.options import Config
-from baselines.train import build, train_baseline
+from baselines.rows import COMPARISONS, ROWS, rows_with
+from baselines.train import build, train_row
 from czsl_heads._files import write_json
 from czsl_heads.data.layout import CompositionDataset, read_dataset
 from czsl_heads.data.shapes import shapes_space
@@ -20,14 +22,13 @@ from czsl_heads.training.summary import SUMMARY, paired_difference, summary_of
 from czsl_heads.training.trainer import is_main_process
 
 RESULTS = "results.json"
-ROWS = {"cls": "as published", "max": "+ Sparse Alignment", "topk": "+ Sparse Alignment, mean of the {k} best"}
 
 
 def run_ablation(out: Path, config: Config) -> dict[str, Any]:
     """Train and test all rows over all seeds, and write ``results.json``.
 
     Finished runs in ``out`` are kept, an interrupted one is resumed: calling again with the same settings completes
-    the folder, and with more seeds extends it.
+    the folder, and with more seeds or additions extends it.
 
     Returns:
         The content of ``results.json``.
@@ -39,19 +40,20 @@ def run_ablation(out: Path, config: Config) -> dict[str, Any]:
     if not (out / CONFIG).exists():
         _rehearse(config)
     dataset = open_folder(out, config)
-    records: dict[str, list[dict[str, Any]]] = {align: [] for align in ROWS}
+    names = _names(out, config)
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for seed in config.seeds:
-        for align, name in ROWS.items():
+        for name in names:
             if is_main_process():
-                print(f"seed {seed}, {config.method}, {_named(name, config)}", file=sys.stderr, flush=True)
-            records[align].append(train_baseline(out / f"seed{seed}" / align, dataset, config, align, seed))
+                print(f"seed {seed}, {config.method}, {name}: {_title(name, config)}", file=sys.stderr, flush=True)
+            records[name].append(train_row(out / f"seed{seed}", dataset, config, name, seed))
     results = {
         "config": config.as_dict(),
         "sources": config.sources,
         "environment": environment(),
         "data": _counts(dataset),
-        "rows": [_row(align, _named(name, config), records[align]) for align, name in ROWS.items()],
-        "comparisons": [_compared(align, records) for align in ROWS if align != "cls"],
+        "rows": [_row(name, _title(name, config), records[name]) for name in names],
+        "comparisons": [_compared(*both, records) for both in COMPARISONS if {*both} <= records.keys()],
     }
     return write_json(out / RESULTS, results) if is_main_process() else results
 
@@ -59,13 +61,21 @@ def run_ablation(out: Path, config: Config) -> dict[str, Any]:
 @torch.no_grad()
 def _rehearse(config: Config) -> None:
     space = read_dataset(config.data).space if config.shapes is None else shapes_space()
-    model = build(config, space, "topk").eval()
-    size = model.encoder.image_size
-    model.scores(torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size)), space.pairs[:1])
+    for name in ("topk", *(name for name in rows_with(config.add) if ROWS[name].base)):
+        model = build(config, space, name).eval()
+        size = model.encoder.image_size
+        pairs = space.pairs if ROWS[name].remembers else space.pairs[:1]
+        model.scores(torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size)), pairs)
 
 
-def _named(name: str, config: Config) -> str:
-    return name.format(k=config.baseline.topk)
+def _names(out: Path, config: Config) -> list[str]:
+    """The rows that were asked for now or before."""
+    before = json.loads((out / RESULTS).read_text())["rows"] if (out / RESULTS).exists() else []
+    return [name for name in ROWS if name in rows_with(config.add) or name in [row["row"] for row in before]]
+
+
+def _title(name: str, config: Config) -> str:
+    return ROWS[name].title.format(k=config.baseline.topk)
 
 
 def _counts(dataset: CompositionDataset) -> dict[str, Any]:
@@ -75,22 +85,23 @@ def _counts(dataset: CompositionDataset) -> dict[str, Any]:
     }
 
 
-def _row(align: str, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(name: str, title: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     summary = summary_of([record["test"] for record in records])["closed"]
     learned = records[0]["trainable_parameters"]
-    return {"align": align, "name": name, "trainable_parameters": learned, "summary": summary, "runs": records}
+    return {"row": name, "title": title, "trainable_parameters": learned, "summary": summary, "runs": records}
 
 
-def _compared(align: str, records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Differences to the published method, seed by seed, of every number."""
+def _compared(row: str, other: str, records: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Differences of two rows, seed by seed, of every number."""
 
-    def values(row: str, protocol: str, name: str) -> list[float | None]:
-        return [record["test"]["closed"][protocol][name] for record in records[row]]
+    def values(name: str, protocol: str, number: str) -> list[float | None]:
+        return [record["test"]["closed"][protocol][number] for record in records[name]]
 
     differences = {
         protocol: {
-            name: paired_difference(values(align, protocol, name), values("cls", protocol, name)) for name in SUMMARY
+            number: paired_difference(values(row, protocol, number), values(other, protocol, number))
+            for number in SUMMARY
         }
         for protocol in PROTOCOLS
     }
-    return {"row": align, "against": "cls", "differences": differences}
+    return {"row": row, "against": other, "differences": differences}

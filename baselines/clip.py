@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from baselines.branch import Align, Seam, check_pairs, check_targets
+from baselines.method import Align, Method, Seam
 from baselines.official import read_clip, read_vocabulary
+from baselines.prompts import check_pairs
 from czsl_heads import CompositionSpace
 from czsl_heads._checks import check_kind
 from czsl_heads.encoders.protocol import Encoder, check_encoder
@@ -19,7 +20,7 @@ from czsl_heads.space import clean_name
 _ROWS = 1024  # sentences encoded at once
 
 
-class CLIP(nn.Module):
+class CLIP(Method):
     r"""Zero-shot CLIP on pairs.
 
     .. math:: \ell(x, (a, o)) = \tau \cos(v(x), t(\text{a photo of } a \, o))
@@ -80,22 +81,6 @@ class CLIP(nn.Module):
             self.encoder.encode_texts([self.sentence(pair) for pair in chunk.tolist()]) for chunk in pairs.split(_ROWS)
         ]
         return F.normalize(torch.cat(features), dim=-1)
-
-    def forward(self, images: Tensor, pairs: Tensor, texts: Tensor | None = None) -> Tensor:
-        """Logits of pairs; ``texts`` are :meth:`texts` of these pairs, where they are known already."""
-        texts = self.texts(pairs) if texts is None else texts
-        logits: Tensor = self.seam(self.encoder.encode_tokens(images), texts, self.encoder.logit_scale)
-        return logits
-
-    def scores(self, images: Tensor, pairs: Tensor, texts: Tensor | None = None) -> Tensor:
-        """What ranks pairs: the logits themselves."""
-        logits: Tensor = self(images, pairs, texts)
-        return logits
-
-    def loss(self, images: Tensor, pairs: Tensor, targets: Tensor, texts: Tensor | None = None) -> Tensor:
-        """Cross-entropy over ``pairs`` at rows ``targets`` [batch]; nothing learns from it unless the seam does."""
-        check_targets(targets, images, pairs)
-        return F.cross_entropy(self(images, pairs, texts), targets)
 
     @classmethod
     def from_official(

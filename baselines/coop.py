@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines.branch import Align, PairPrompts, Seam, check_targets
+from baselines.method import Align, Method, Seam
 from baselines.official import check_context, check_table, read_clip, read_vocabulary
+from baselines.prompts import PairPrompts
 from czsl_heads import CompositionSpace
 from czsl_heads.encoders.protocol import Encoder
 from czsl_heads.prompts.soft import Encode
 
 
-class CoOp(nn.Module):
+class CoOp(Method):
     r"""Context optimisation: "[v_1] ... [v_n] attribute object" with a learned context before frozen words.
 
     .. math:: \ell(x, (a, o)) = \tau \cos(v(x), t(\theta_1 \dots \theta_n \, e_a e_o))
@@ -77,22 +77,6 @@ class CoOp(nn.Module):
     def texts(self, pairs: Tensor) -> Tensor:
         """Unit text features of pairs ``[K, dim]``: once for a whole evaluation, anew at each step of training."""
         return self.prompts.texts(pairs).pairs
-
-    def forward(self, images: Tensor, pairs: Tensor, texts: Tensor | None = None) -> Tensor:
-        """Logits of pairs; ``texts`` are :meth:`texts` of these pairs, where they are known already."""
-        texts = self.texts(pairs) if texts is None else texts
-        logits: Tensor = self.seam(self.encoder.encode_tokens(images), texts, self.encoder.logit_scale)
-        return logits
-
-    def scores(self, images: Tensor, pairs: Tensor, texts: Tensor | None = None) -> Tensor:
-        """What ranks pairs: the logits themselves."""
-        logits: Tensor = self(images, pairs, texts)
-        return logits
-
-    def loss(self, images: Tensor, pairs: Tensor, targets: Tensor, texts: Tensor | None = None) -> Tensor:
-        """Cross-entropy over ``pairs``, those of training, at rows ``targets`` [batch]."""
-        check_targets(targets, images, pairs)
-        return F.cross_entropy(self(images, pairs, texts), targets)
 
     @classmethod
     def from_official(

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from baselines.branch import Align, PairPrompts, Seam, check_targets
+from baselines.method import Align, Method, Seam
 from baselines.official import check_table, read_clip, read_vocabulary
+from baselines.prompts import PairPrompts
 from czsl_heads import CompositionSpace
 from czsl_heads.encoders.protocol import Encoder
 from czsl_heads.prompts.soft import Encode
 
 
-class CSP(nn.Module):
+class CSP(Method):
     r"""Compositional soft prompts: "a photo of [attribute] [object]" with one learned vector a primitive.
 
     .. math:: \ell(x, (a, o)) = \tau \cos(v(x), t(\text{a photo of } \theta_a \theta_o))
@@ -84,22 +84,6 @@ class CSP(nn.Module):
     def texts(self, pairs: Tensor) -> Tensor:
         """Unit text features of pairs ``[K, dim]``: once for a whole evaluation, anew at each step of training."""
         return self.prompts.texts(pairs).pairs
-
-    def forward(self, images: Tensor, pairs: Tensor, texts: Tensor | None = None) -> Tensor:
-        """Logits of pairs; ``texts`` are :meth:`texts` of these pairs, where they are known already."""
-        texts = self.texts(pairs) if texts is None else texts
-        logits: Tensor = self.seam(self.encoder.encode_tokens(images), texts, self.encoder.logit_scale)
-        return logits
-
-    def scores(self, images: Tensor, pairs: Tensor, texts: Tensor | None = None) -> Tensor:
-        """What ranks pairs: the logits themselves."""
-        logits: Tensor = self(images, pairs, texts)
-        return logits
-
-    def loss(self, images: Tensor, pairs: Tensor, targets: Tensor, texts: Tensor | None = None) -> Tensor:
-        """Cross-entropy over ``pairs``, those of training, at rows ``targets`` [batch]."""
-        check_targets(targets, images, pairs)
-        return F.cross_entropy(self(images, pairs, texts), targets)
 
     @classmethod
     def from_official(

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 
 from baselines import BASELINES
+from baselines.rows import Addition
 from czsl_heads._checks import check_choice, check_integer, check_kind, check_positive, check_range
 from czsl_heads.training import config as training
+from czsl_heads.training import options as training_options
 from czsl_heads.training.options import SACOptions
 
 Selection = Literal["auc", "loss", "last"]
-# Of a value of a preset: the released configuration or command, the paper, the authors in an issue, or nobody but us.
-SOURCES = ("released", "paper", "issue", "guess")
+# Of a value of a preset: the released configuration or command, the paper, the authors in an issue, nobody but us; and
+# of condenser and bank: our SAC pipeline's preset for that data set.
+SOURCES = ("released", "paper", "issue", "guess", "sac")
+ADDED = (
+    *("condense_epochs", "condense_learning_rate", "alpha", "beta", "gamma"),
+    *("depth", "slots", "bank_temperature"),
+)
 PRESETS = Path(__file__).parent / "presets"
 QUICK_EPOCHS = 2
 _DECIDED = ("encoder", "space", "align", "primitives")  # of a method's constructor, by the comparison itself
@@ -37,6 +44,10 @@ class Options:
         topk, include_cls: Of the alignment heads.
         eval_batch_size: Images at once in validation and test.
         workers: Processes that load images; None: one a core, at most 8.
+        condense_epochs, condense_learning_rate: Of the condenser, with the method frozen; all else as above.
+        alpha, beta, gamma: Of :class:`~baselines.condensed.Condensed`.
+        depth: Blocks of the condenser.
+        slots, bank_temperature: Of the memory bank.
         model: Arguments of the method's constructor.
     """
 
@@ -52,6 +63,14 @@ class Options:
     include_cls: bool = True
     eval_batch_size: int = 64
     workers: int | None = 0
+    condense_epochs: int = 10
+    condense_learning_rate: float = 5e-5
+    alpha: float = 0.5
+    beta: float = 0.5
+    gamma: float = 0.5
+    depth: int = 1
+    slots: int = 16
+    bank_temperature: float = 0.1
     model: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,8 +87,13 @@ class Options:
     @property
     def loading(self) -> SACOptions:
         """What loaders and trainer read."""
-        sizes = {name: getattr(self, name) for name in ("batch_size", "eval_batch_size", "workers")}
-        return SACOptions(**sizes, lora_rank=0)
+        names = ("batch_size", "eval_batch_size", "workers", *ADDED)
+        return SACOptions(**{name: getattr(self, name) for name in names}, lora_rank=0)
+
+    @property
+    def condensing(self) -> Options:
+        """The same for the condenser, which is trained behind the method."""
+        return replace(self, epochs=self.condense_epochs, learning_rate=self.condense_learning_rate)
 
 
 @dataclass(frozen=True)
@@ -81,11 +105,12 @@ class Config(training.AblationConfig):
 
     method: str = "csp"
     baseline: Options = field(default_factory=Options)
+    add: tuple[Addition, ...] = ()
     sources: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it for a JSON file."""
-        left_out = ("options", "baseline", "studies", "sources")
+        left_out = ("options", "baseline", "studies", "sources", "add")
         found = {name: value for name, value in super().as_dict().items() if name not in left_out}
         return {"method": self.method, **found, "options": asdict(self.baseline)}
 
@@ -110,7 +135,7 @@ def load_options(
     """
     check_choice("method", method, tuple(BASELINES))
     check_choice("preset", preset, preset_names(method))
-    by_source = {**_read(method)[preset], "given": dict(overrides or {})}
+    by_source = {"sac": _added(preset), **_read(method)[preset], "given": dict(overrides or {})}
     settings = {name: value for values in by_source.values() for name, value in values.items()}
     sources = {name: source for source, values in by_source.items() for name in values}
     trained = [field.name for field in fields(Options) if field.name != "model"]
@@ -129,6 +154,7 @@ def configure(
     seeds: int = 1,
     first_seed: int = 0,
     imbalance: float | None = None,
+    add: Sequence[Addition] = (),
     quick: bool = False,
     options: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
@@ -141,9 +167,11 @@ def configure(
         encoder: "tiny", or open_clip's ARCHITECTURE[:TAG], such as ViT-L-14:openai.
         preset: Options of a data set (shapes, ut-zappos, mit-states, cgqa); default: shapes with the tiny encoder, else
             mit-states.
-        seeds: How many seeds; from two on, there are deviations and intervals. One, where nothing is trained.
+        seeds: How many seeds; from two on, there are deviations and intervals. One is taken where nothing is trained.
         first_seed: The first of them.
         imbalance: Information imbalance of the shapes world, in [0, 1].
+        add: "vac": a condenser behind the method with Sparse Alignment; "vac" and "bank": a memory bank of its vectors
+            too.
         quick: Fewer images and epochs: a check that everything runs.
         options: Replace the preset's, such as --options.epochs 5 or --options.layers 1; docs/baselines.md lists them.
         trainer: Flags of Lightning's Trainer, such as --trainer.precision bf16-mixed.
@@ -153,8 +181,13 @@ def configure(
     """
     preset = preset or ("shapes" if encoder == "tiny" else "mit-states")
     chosen, sources = load_options(method, preset, options)
-    if quick and chosen.epochs:
-        chosen, sources = load_options(method, preset, {"epochs": QUICK_EPOCHS, **(options or {})})
+    if quick:
+        fewer = {"condense_epochs": QUICK_EPOCHS} | ({"epochs": QUICK_EPOCHS} if chosen.epochs else {})
+        chosen, sources = load_options(method, preset, {**fewer, **(options or {})})
+    for name in add:
+        check_choice("add", name, get_args(Addition))
+    if "bank" in add and "vac" not in add:
+        raise ValueError("expected `add` with vac where there is a bank, which remembers its vectors, got bank alone")
     if "accumulate_grad_batches" in (trainer or {}):
         raise ValueError("expected `trainer` without accumulate_grad_batches, got it; see `options.accumulate`")
     common = training.configure(
@@ -165,13 +198,21 @@ def configure(
         encoder=encoder,
         preset=preset,
         options=chosen.loading,
-        seeds=common.seeds if chosen.epochs else common.seeds[:1],
+        seeds=common.seeds if chosen.epochs or add else common.seeds[:1],
         shapes=common.shapes,
         trainer=common.trainer,
         method=method,
         baseline=chosen,
+        add=tuple(add),
         sources=sources,
     )
+
+
+def _added(preset: str) -> dict[str, Any]:
+    sac = training_options.load_options(preset)
+    rate = sac.condense_learning_rate or sac.learning_rate
+    settings = {name: getattr(sac, name) for name in ADDED}
+    return {**settings, "condense_epochs": sac.extra_epochs, "condense_learning_rate": rate}
 
 
 def _read(method: str) -> dict[str, dict[str, dict[str, Any]]]:

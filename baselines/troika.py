@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
-from baselines.branch import Align, PairPrompts, Seam, check_targets
+from baselines.method import Align, Method, Seam, check_targets
 from baselines.official import (
     check_context,
     check_state,
@@ -22,6 +22,7 @@ from baselines.official import (
     read_clip,
     read_vocabulary,
 )
+from baselines.prompts import PairPrompts
 from czsl_heads import CompositionSpace
 from czsl_heads._checks import check_choice, check_integer, check_range
 from czsl_heads.adapters.bottleneck import AdaptedBlock, add_bottlenecks
@@ -182,7 +183,7 @@ class Traction(nn.Module):
         return F.normalize(texts + self.weight * moved, dim=-1)
 
 
-class Troika(nn.Module):
+class Troika(Method):
     r"""Multi-path cross-modal traction: with v the [CLS] feature and :math:`\hat t` the texts after traction,
 
     .. math:: \ell_{pair} = \tau \cos(v, \hat t_{ao}), \quad \ell_{attr} = \tau \cos(D_a(v), \hat t_a), \quad
@@ -291,7 +292,7 @@ class Troika(nn.Module):
         self.attribute_disentangler = Disentangler(encoder.dim, **views)  # type: ignore[arg-type]
         self.object_disentangler = Disentangler(encoder.dim, **views)  # type: ignore[arg-type]
         self.traction = Traction(encoder.dim, layers, init=init_weight, dropout=traction_dropout)
-        self.seam, self.cls_seam = Seam(align), Seam("cls")
+        self.seam = Seam(align)
         self.checkpoint, self._was_trained = checkpoint, False
         add_bottlenecks(encoder, dim=adapter_dim, dropout=adapter_dropout)  # last: it changes what was passed in
         self.encoder = encoder
@@ -300,27 +301,38 @@ class Troika(nn.Module):
         """Unit text features before traction: once for a whole evaluation, anew at each step of training."""
         return self.prompts.texts(pairs)
 
-    def forward(self, images: Tensor, pairs: Tensor, texts: TextFeatures | None = None) -> TroikaLogits:
-        """Logits of all branches; ``texts`` are :meth:`texts` of these pairs, where they are known already."""
-        texts = self.texts(pairs) if texts is None else texts
-        tokens = self._tokens(images)
+    def encode(self, images: Tensor) -> Tensor:
+        if self.checkpoint:
+            return self.encoder.encode_tokens(images, checkpoint=True)
+        return super().encode(images)  # so that an encoder that knows no checkpoints will do
+
+    def compare(self, tokens: Tensor, texts: TextFeatures, *vectors: Tensor) -> list[TroikaLogits]:
+        """Logits of all branches, of the tokens and of each vector; the tokens are what texts are drawn to."""
         normed = self._normed(tokens)
         seen = [self._seen(branch, tokens, rows) for branch, rows in zip(BRANCHES, normed)]
-        of_pairs = self._compare(seen[0], normed[0], texts.pairs)
+        single = [vector[:, None] for vector in vectors]
+        of_pairs = self._branch([seen[0], *single], normed[0], texts.pairs)
         if self.disentangle == "winner" and self.seam.takes_tokens:
-            winner = self._winner(of_pairs, tokens, normed[0], texts.pairs)
+            winner = self._winner(of_pairs[0], tokens, normed[0], texts.pairs)
             seen[1:] = [rows if rows.shape[1] == 1 else winner for rows in seen[1:]]
-        of_attributes = self._compare(self.attribute_disentangler(seen[1]), normed[1], texts.attributes)
-        of_objects = self._compare(self.object_disentangler(seen[2]), normed[2], texts.objects)
-        return TroikaLogits(of_pairs, of_attributes, of_objects)
-
-    def scores(self, images: Tensor, pairs: Tensor, texts: TextFeatures | None = None) -> Tensor:
-        """What ranks pairs: all branches fused."""
-        return self.fuse(self(images, pairs, texts), pairs)
+        attributes, objects = (
+            [disentangler(view) for view in (rows, *single)]
+            for disentangler, rows in zip((self.attribute_disentangler, self.object_disentangler), seen[1:])
+        )
+        of_attributes = self._branch(attributes, normed[1], texts.attributes)
+        of_objects = self._branch(objects, normed[2], texts.objects)
+        return [TroikaLogits(*logits) for logits in zip(of_pairs, of_attributes, of_objects)]
 
     def fuse(self, logits: TroikaLogits, pairs: Tensor) -> Tensor:
         """One score a pair from the logits of all branches: :math:`w_p p(a, o) + w_a p(a) \\, w_o p(o)`."""
-        of_pairs = logits.pairs.softmax(dim=1) if self.quirks.fusion == "probs" else logits.pairs
+        if self.quirks.fusion == "probs":
+            return self.probabilities(logits, pairs)
+        return self._fused(logits.pairs, logits, pairs)
+
+    def probabilities(self, logits: TroikaLogits, pairs: Tensor) -> Tensor:
+        return self._fused(logits.pairs.softmax(dim=1), logits, pairs)
+
+    def _fused(self, of_pairs: Tensor, logits: TroikaLogits, pairs: Tensor) -> Tensor:
         pair_weight, attr_weight, obj_weight = self.inference_weights
         of_attributes = self._weighted(logits.attributes, attr_weight, self._copies(pairs))
         of_objects = self._weighted(logits.objects, obj_weight, self._copies(pairs))
@@ -330,10 +342,17 @@ class Troika(nn.Module):
     def _weighted(logits: Tensor, weight: float, copies: int) -> Tensor:
         return logits.softmax(dim=1) * (weight / copies) if weight else torch.ones_like(logits)
 
-    def loss(self, images: Tensor, pairs: Tensor, targets: Tensor, texts: TextFeatures | None = None) -> Tensor:
-        """Weighted cross-entropies of the branches over ``pairs``, those of training, at rows ``targets`` [batch]."""
-        check_targets(targets, images, pairs)
-        return self._loss(self(images, pairs, texts), pairs, targets)
+    def loss_of(self, logits: TroikaLogits, pairs: Tensor, targets: Tensor) -> Tensor:
+        """Weighted cross-entropies of the branches."""
+        attributes, objects = pairs.to(targets.device)[targets].unbind(dim=1)
+        terms = map(F.cross_entropy, logits, (targets, attributes, objects))
+        return torch.stack([weight * term for weight, term in zip(self.loss_weights, terms)]).sum()
+
+    def pair_texts(self, texts: TextFeatures) -> Tensor:
+        return texts.pairs
+
+    def pair_logits(self, logits: TroikaLogits) -> Tensor:
+        return logits.pairs
 
     def validation_loss(
         self, images: Tensor, pairs: Tensor, targets: Tensor, texts: TextFeatures | None = None
@@ -343,7 +362,7 @@ class Troika(nn.Module):
         logits: TroikaLogits = self(images, pairs, texts)
         if self.quirks.fused_validation_loss:
             logits = logits._replace(pairs=self.fuse(logits, pairs))
-        return self._loss(logits, pairs, targets) + math.log(self._copies(pairs)) * sum(self.loss_weights[1:])
+        return self.loss_of(logits, pairs, targets) + math.log(self._copies(pairs)) * sum(self.loss_weights[1:])
 
     def train(self, mode: bool = True) -> Troika:
         """As in torch, but for ``stays_in_eval``."""
@@ -352,19 +371,9 @@ class Troika(nn.Module):
         self._was_trained |= mode
         return super().train(mode)
 
-    def _loss(self, logits: TroikaLogits, pairs: Tensor, targets: Tensor) -> Tensor:
-        attributes, objects = pairs.to(targets.device)[targets].unbind(dim=1)
-        terms = map(F.cross_entropy, logits, (targets, attributes, objects))
-        return torch.stack([weight * term for weight, term in zip(self.loss_weights, terms)]).sum()
-
     def _copies(self, pairs: Tensor) -> int:
         """Copies of each primitive among which the released evaluation spreads its probability."""
         return math.ceil(len(pairs) / self.quirks.text_chunk) if self.quirks.text_chunk else 1
-
-    def _tokens(self, images: Tensor) -> Tensor:
-        if self.checkpoint:
-            return self.encoder.encode_tokens(images, checkpoint=True)
-        return self.encoder.encode_tokens(images)  # so that an encoder that knows no checkpoints will do
 
     def _normed(self, tokens: Tensor) -> Sequence[Tensor]:
         """What traction reads in each branch."""
@@ -380,21 +389,20 @@ class Troika(nn.Module):
             return tokens[:, :1]
         return normed if self.align_tokens == "normed" else tokens
 
-    def _compare(self, features: Tensor, normed: Tensor, texts: Tensor) -> Tensor:
-        """Logits ``[batch, texts]`` of one branch, chunk by chunk of its texts."""
-        reads, batch = self.traction.read(normed), len(features)
-        seam = self.seam if features.shape[1] > 1 else self.cls_seam
+    def _branch(self, views: list[Tensor], normed: Tensor, texts: Tensor) -> list[Tensor]:
+        """Logits ``[batch, texts]`` of each view in one branch, chunk by chunk of its texts, which are drawn once."""
+        reads, batch = self.traction.read(normed), len(normed)
 
-        def compare(chunk: Tensor) -> Tensor:
-            logits: Tensor = seam(features, self.traction(chunk, reads, batch), self.encoder.logit_scale)
-            return logits
+        def compare(chunk: Tensor) -> tuple[Tensor, ...]:
+            drawn = self.traction(chunk, reads, batch)
+            return tuple(self.seam(view, drawn, self.encoder.logit_scale) for view in views)
 
         chunks = texts.split(self.traction_chunk or max(1, _ROWS // batch))
         again = len(chunks) > 1 and torch.is_grad_enabled()
         run: Callable[[Tensor], Any] = (
             partial(run_again_in_backward, compare, use_reentrant=False) if again else compare
         )
-        return torch.cat([run(chunk) for chunk in chunks], dim=1)
+        return [torch.cat(parts, dim=1) for parts in zip(*map(run, chunks))]
 
     def _winner(self, logits: Tensor, tokens: Tensor, normed: Tensor, texts: Tensor) -> Tensor:
         """The token of each image that wins its best pair ``[batch, 1, dim]``."""

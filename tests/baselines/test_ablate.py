@@ -1,7 +1,9 @@
 """``python -m baselines ablate``: real runs on 192 images."""
 
+import copy
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -15,7 +17,8 @@ from baselines.__main__ import main
 from baselines.ablate import run_ablation
 from baselines.options import configure
 from baselines.report import comparison_markdown
-from baselines.train import Training, build, train_baseline
+from baselines.train import Training, build, train_row
+from czsl_heads import DynamicMemoryBank
 from czsl_heads.data import read_dataset
 from czsl_heads.metrics import CZSLScore
 from czsl_heads.report.table import interval, percent
@@ -56,14 +59,14 @@ def modified(folder):
 
 def test_the_table_sums_up_its_runs(comparison):
     out, results = comparison
-    assert [row["align"] for row in results["rows"]] == ["cls", "max", "topk"]
+    assert [row["row"] for row in results["rows"]] == ["cls", "max", "topk"]
     assert results["config"]["seeds"] == [0, 1]
     assert results["config"]["options"]["batch_size"] == 48
     assert (results["sources"]["batch_size"], results["sources"]["learning_rate"]) == ("given", "guess")
     assert {"torch", "czsl-heads", "python"} <= results["environment"]["versions"].keys()
     assert results["data"]["images"] == {"train": 96, "val": 48, "test": 48}
     for row in results["rows"]:
-        files = [out / f"seed{seed}" / row["align"] / "run.json" for seed in (0, 1)]
+        files = [out / f"seed{seed}" / row["row"] / "run.json" for seed in (0, 1)]
         assert row["runs"] == [json.loads(path.read_text()) for path in files]
         for protocol in ("standard", "exact"):
             for name in NUMBERS:
@@ -83,7 +86,7 @@ def test_rows_differ_in_the_head_alone(comparison):
 
 def test_differences_are_paired_by_seed(comparison):
     _, results = comparison
-    runs = {row["align"]: [run["test"]["closed"] for run in row["runs"]] for row in results["rows"]}
+    runs = {row["row"]: [run["test"]["closed"] for run in row["runs"]] for row in results["rows"]}
     assert [(item["row"], item["against"]) for item in results["comparisons"]] == [("max", "cls"), ("topk", "cls")]
     for item in results["comparisons"]:
         for protocol, differences in item["differences"].items():
@@ -103,11 +106,11 @@ def test_the_page_says_what_the_numbers_say(comparison):
     for protocol in ("standard", "exact"):
         for row in results["rows"]:
             cells = [percent(row["summary"][protocol][name]) for name in NUMBERS]
-            assert f"| csp | {row['name']} | {' | '.join(cells)} |" in page
-        for item, name in zip(results["comparisons"], [row["name"] for row in results["rows"][1:]]):
+            assert f"| {row['row']} | {row['title']} | {' | '.join(cells)} |" in page
+        for item in results["comparisons"]:
             cells = [interval(item["differences"][protocol][number]) for number in NUMBERS]
-            assert f"| paired difference | {name} | {' | '.join(cells)} |" in page
-    assert "learning_rate 0.0003 (guess)" in page
+            assert f"| {item['row']} - {item['against']} | difference | {' | '.join(cells)} |" in page
+    assert "learning_rate 0.0001 (guess)" in page
     assert "epochs 1 (given)" in page
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -115,7 +118,7 @@ def test_the_page_says_what_the_numbers_say(comparison):
 def test_one_seed_has_no_differences(comparison, shapes_root):
     _, results = comparison
     one = {**results, "config": {**results["config"], "seeds": [0]}}
-    assert "paired difference" not in comparison_markdown(one)
+    assert "| difference |" not in comparison_markdown(one)
 
 
 def test_calling_again_repeats_nothing(comparison, shapes_root):
@@ -129,7 +132,7 @@ def test_calling_again_repeats_nothing(comparison, shapes_root):
     ("method", "options", "message"),
     [
         ("coop", {}, "whose method is 'csp' instead of 'coop'"),
-        ("csp", {"learning_rate": 0.5}, "whose options.learning_rate is 0.0003 instead of 0.5"),
+        ("csp", {"learning_rate": 0.5}, "whose options.learning_rate is 0.0001 instead of 0.5"),
         ("csp", {"context": "the"}, "whose options.model.context is None instead of 'the'"),
     ],
 )
@@ -172,7 +175,7 @@ def test_clip_is_evaluated_and_nothing_else(tmp_path, shapes_root, dataset):
     assert not list(tmp_path.rglob("*.ckpt"))
     config = configure("clip", data=str(shapes_root))
     for row in results["rows"]:
-        clip = build(config, dataset.space, row["align"]).eval()
+        clip = build(config, dataset.space, row["row"]).eval()
         score = CZSLScore(dataset.space, eval_mask=dataset.eval_mask("test"))
         loader = eval_loader(dataset.images("test", clip.encoder.transform()), config.options)
         with torch.no_grad():
@@ -186,12 +189,12 @@ def test_clip_is_evaluated_and_nothing_else(tmp_path, shapes_root, dataset):
 
 def test_epochs_for_a_method_that_learns_nothing_are_refused(tmp_path, shapes_root, dataset):
     with pytest.raises(ValueError, match=r"`options\.epochs` to be 0 for clip, which learns nothing"):
-        train_baseline(tmp_path, dataset, configured("clip", shapes_root), "cls", 0)
+        train_row(tmp_path, dataset, configured("clip", shapes_root), "cls", 0)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, shapes_root, dataset, monkeypatch):
     config = configured("troika", shapes_root, epochs=2, adapter_dim=4, dropout=0.2)
-    whole = train_baseline(tmp_path / "whole", dataset, config, "max", 0)
+    whole = train_row(tmp_path / "whole", dataset, config, "max", 0)
     start, calls = Training.on_train_epoch_start, []
 
     def interrupt_once(module):
@@ -202,8 +205,8 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path, shapes_root, d
 
     monkeypatch.setattr(Training, "on_train_epoch_start", interrupt_once)
     with pytest.raises(KeyboardInterrupt):
-        train_baseline(tmp_path / "parts", dataset, config, "max", 0)
-    assert train_baseline(tmp_path / "parts", dataset, config, "max", 0) == whole
+        train_row(tmp_path / "parts", dataset, config, "max", 0)
+    assert train_row(tmp_path / "parts", dataset, config, "max", 0) == whole
     assert calls == [0, 1, 1]
 
 
@@ -224,15 +227,15 @@ def test_troikas_loop_stays_in_eval_mode_where_it_is_asked_to(shapes_root, datas
 
 
 def test_the_last_epoch_is_taken_where_it_is_asked_for(tmp_path, shapes_root, dataset):
-    record = train_baseline(tmp_path, dataset, configured("coop", shapes_root, epochs=2, selection="last"), "cls", 0)
+    record = train_row(tmp_path, dataset, configured("coop", shapes_root, epochs=2, selection="last"), "cls", 0)
     assert (record["best_epoch"], record["selected"]) == (2, 1.0)
 
 
 def test_the_epoch_of_least_loss_is_kept_with_all_that_was_learned(tmp_path, shapes_root, dataset):
     config = configured("coop", shapes_root, selection="loss", accumulate=2)
-    record = train_baseline(tmp_path, dataset, config, "cls", 0)
+    record = train_row(tmp_path, dataset, config, "cls", 0)
     coop = build(config, dataset.space, "cls").eval()
-    kept = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    kept = torch.load(tmp_path / "cls" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     assert "model.prompts.pair_context" in kept
     assert not any("token_embedding" in name for name in kept)
     coop.load_state_dict({name.removeprefix("model."): tensor for name, tensor in kept.items()}, strict=False)
@@ -241,3 +244,111 @@ def test_the_epoch_of_least_loss_is_kept_with_all_that_was_learned(tmp_path, sha
     with torch.no_grad():
         loss = F.cross_entropy(coop(images, dataset.space.pairs), columns)
     assert record["selected"] == pytest.approx(-loss.item(), rel=1e-5)
+
+
+@pytest.fixture(scope="module", params=["clip", "csp"])
+def extended(request, tmp_path_factory, shapes_root):
+    """A finished comparison of one seed with condenser and bank, shared: no test may change it."""
+    out = tmp_path_factory.mktemp("comparisons") / request.param
+    added = ["--add=vac", "--add=bank", "--options.condense_epochs=1", "--options.slots=2", "--options.gamma=0.7"]
+    flags = FLAGS if request.param != "clip" else FLAGS[2:]
+    command = ["ablate", f"--method={request.param}", f"--data={shapes_root}", f"--out={out}", *flags, *added]
+    assert main(command) == 0
+    return request.param, out, json.loads((out / "results.json").read_text())
+
+
+def test_condenser_and_bank_have_rows(extended):
+    method, out, results = extended
+    assert [row["row"] for row in results["rows"]] == ["cls", "max", "topk", "probs", "vac", "bank", "adapted"]
+    compared = [f"{item['row']}-{item['against']}" for item in results["comparisons"]]
+    assert compared == ["max-cls", "topk-cls", "probs-max", "vac-probs", "vac-cls"] + [
+        f"{row}-{other}" for row, other in (("bank", "vac"), ("bank", "cls"), ("adapted", "bank"), ("adapted", "cls"))
+    ]
+    trained = {row["row"]: row["runs"][0]["best_epoch"] is not None for row in results["rows"]}
+    learning = method != "clip"
+    assert trained == {"cls": learning, "max": learning, "topk": learning, "vac": True} | dict.fromkeys(
+        ("probs", "bank", "adapted"), False
+    )
+    curves = [str(row["runs"][0]["test"]["closed"]["exact"]["curve"]) for row in results["rows"]]
+    assert len(set(curves[:6])) == 6
+    page = (out / "comparison.md").read_text()
+    assert "row adapted is transductive" in page.replace("\n", " ").lower()
+    assert "slots 2 (given)" in page
+    assert "depth 1 (sac)" in page
+
+
+def test_rows_with_a_bank_equal_scoring_by_hand(extended, dataset, shapes_root):
+    """Batch by batch, with Eq. 12 written out."""
+    method, out, results = extended
+    trained = {} if method == "clip" else FAST
+    config = configure(
+        method, data=str(shapes_root), options={**trained, "slots": 2, "gamma": 0.7}, add=["vac", "bank"]
+    )
+    model = build(config, dataset.space, "vac").eval()
+    for row, part in (("max", model.method), ("vac", model)):
+        if (out / "seed0" / row / "checkpoints").exists():
+            kept = torch.load(out / "seed0" / row / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+            part.load_state_dict({name.removeprefix("model."): tensor for name, tensor in kept.items()}, strict=False)
+    space, pairs = dataset.space, dataset.space.pairs
+    protocols = {
+        row: CZSLScore(space, eval_mask=dataset.eval_mask("test")) for row in ("probs", "vac", "bank", "adapted")
+    }
+    frozen = DynamicMemoryBank(len(pairs), model.encoder.dim, slots=2)
+
+    def batches(split):
+        return eval_loader(dataset.images(split, model.encoder.transform()), config.options)
+
+    with torch.no_grad():
+        texts = model.texts(pairs)
+        for images, _ in batches("train"):
+            seen = model(images, pairs, texts)
+            frozen.update(seen.features, seen.condensed.softmax(dim=1))
+        adapting, unseen = copy.deepcopy(frozen), (~space.seen_mask).nonzero().squeeze(1)
+        adapting.fill_texts(texts[unseen], unseen)
+        for images, columns in batches("test"):
+            seen = model(images, pairs, texts)
+            aligned, condensed = seen.aligned.softmax(dim=1), seen.condensed.softmax(dim=1)
+            memories = {"vac": 0.0} | {
+                row: 0.7 * bank(seen.features).softmax(dim=1) for row, bank in (("bank", frozen), ("adapted", adapting))
+            }
+            protocols["probs"].update(aligned, columns)
+            for row, memory in memories.items():
+                protocols[row].update(0.5 * aligned + 0.5 * (condensed + memory), columns)
+            adapting.update(seen.features, condensed)
+    found = {row["row"]: row["runs"][0]["test"]["closed"]["standard"] for row in results["rows"]}
+    for row, score in protocols.items():
+        for name in NUMBERS:
+            assert found[row][name] == pytest.approx(getattr(score.compute(), name), abs=1e-6), row
+
+
+def test_a_comparison_is_extended_and_stays_so(comparison, shapes_root, tmp_path):
+    out = shutil.copytree(comparison[0], tmp_path / "csp")
+    before = modified(out)
+    options = {**FAST, "batch_size": 48}
+    config = configure("csp", data=str(shapes_root), options=options, trainer=QUIET, add=["vac"])
+    rows = [row["row"] for row in run_ablation(out, config)["rows"]]
+    assert rows == ["cls", "max", "topk", "probs", "vac"]
+    assert before.items() <= modified(out).items()
+    again = run_ablation(out, configured("csp", shapes_root))
+    assert [row["row"] for row in again["rows"]] == rows
+    (out / "seed0" / "vac" / "run.json").unlink()
+    (out / "seed0" / "max" / "checkpoints" / "best.ckpt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"max/checkpoints/best\.ckpt"):
+        run_ablation(out, config)
+
+
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        (["--add=bank"], "expected `add` with vac where there is a bank"),
+        (["--add=eva"], "expected `add` to be one of vac, bank, got 'eva'"),
+        (["--add=vac", "--options.alpha=2"], "expected `alpha` to be"),
+        (["--add=vac", "--options.depth=0"], "expected `depth` to be"),
+        (["--add=vac", "--options.condense_epochs=0"], "expected `condense_epochs` to be"),
+    ],
+)
+def test_wrong_additions_are_told(added, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["ablate", "--method=csp", "--out=out", *added]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

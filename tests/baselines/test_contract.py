@@ -229,7 +229,9 @@ def test_a_constructor_that_fails_leaves_the_encoder_as_it_was(name):
     assert list(encoder.state_dict()) == before
 
 
-@pytest.mark.parametrize("module", ["branch", "clip", "coop", "csp", "official", "options", "troika"])
+@pytest.mark.parametrize(
+    "module", ["clip", "condensed", "coop", "csp", "method", "official", "options", "prompts", "troika"]
+)
 def test_every_example_runs(module):
     found = importlib.import_module(f"baselines.{module}")
     torch.manual_seed(0)

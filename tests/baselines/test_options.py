@@ -5,7 +5,8 @@ import inspect
 import pytest
 
 from baselines import BASELINES
-from baselines.options import PRESETS, SOURCES, Options, configure, load_options, preset_names
+from baselines.options import ADDED, PRESETS, SOURCES, Options, configure, load_options, preset_names
+from czsl_heads.training import options as sac_options
 
 # What the released code sets, by method and data set: Troika's YAML files, the commands of CSP's README.
 TROIKA = {
@@ -114,6 +115,20 @@ def test_a_method_that_learns_nothing_has_one_seed():
     assert configure("csp", seeds=2, first_seed=3).seeds == [3, 4]
     assert configure("csp", seeds=2, quick=True).baseline.epochs == 2
     assert configure("clip", quick=True).baseline.epochs == 0
+    assert configure("clip", seeds=2, add=["vac"]).seeds == [0, 1]
+    assert configure("clip", quick=True, add=["vac"]).baseline.condense_epochs == 2
+
+
+@pytest.mark.parametrize(("method", "preset"), EVERY)
+def test_condenser_and_bank_have_the_values_of_the_sac_pipeline(method, preset):
+    options, sources = load_options(method, preset)
+    sac = sac_options.load_options(preset)
+    assert {sources[name] for name in ADDED} == {"sac"}
+    for name in ("alpha", "beta", "gamma", "depth", "slots", "bank_temperature"):
+        assert getattr(options, name) == getattr(sac, name)
+    stage = options.condensing
+    assert (stage.epochs, stage.learning_rate) == (sac.extra_epochs, sac.condense_learning_rate or sac.learning_rate)
+    assert stage.weight_decay == options.weight_decay
 
 
 def test_the_preset_follows_the_encoder():

@@ -1,4 +1,4 @@
-"""The two sides of a branch: prompts for whatever pairs are asked for, and the seam where image tokens meet texts."""
+"""Soft prompts for whatever pairs are asked for."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from czsl_heads import CompositionSpace, SparseAlignHead
-from czsl_heads._checks import check_choice, check_kind, check_shapes, check_tensor
+from czsl_heads import CompositionSpace
+from czsl_heads._checks import check_kind, check_shapes, check_tensor
 from czsl_heads.encoders.protocol import Encoder
 from czsl_heads.prompts.soft import Encode, SoftPrompts, TextFeatures
 
-Align = Literal["cls"] | SparseAlignHead
 Span = Literal["pairs", "all"]
 
 
@@ -72,37 +71,6 @@ class PairPrompts(SoftPrompts):
         return TextFeatures(*self.encode_kinds(contexts, tables, [pairs.to(table.device), *every]))
 
 
-class Seam(nn.Module):
-    """The one place where a method compares images with texts.
-
-    Args:
-        align: ``"cls"``, the published comparison of [CLS] with each text, or a :class:`~czsl_heads.SparseAlignHead`,
-            which sees all tokens. The scale of the logits stays the method's own, whatever the head's is.
-        half_logits: Round logits to float16, in which the released code of CSP computes on a GPU: ties arise.
-
-    Shape:
-        tokens [batch, tokens, dim], texts [texts, dim] or [batch, texts, dim], scale: logits [batch, texts].
-    """
-
-    def __init__(self, align: Align = "cls", *, half_logits: bool = False) -> None:
-        super().__init__()
-        if isinstance(align, str):
-            check_choice("align", align, ("cls",))
-            align = SparseAlignHead("cls", logit_scale=1.0)
-        check_kind("align", align, SparseAlignHead)
-        self.head, self.half_logits = align, half_logits
-
-    @property
-    def takes_tokens(self) -> bool:
-        """Whether tokens besides [CLS] count."""
-        return self.head.reduce != "cls"
-
-    def forward(self, tokens: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-        cosines: Tensor = self.head(tokens, texts) / self.head.logit_scale
-        logits = scale * cosines
-        return logits.half().to(logits.dtype) if self.half_logits else logits
-
-
 def check_pairs(pairs: Tensor, num_attributes: int, num_objects: int) -> None:
     """Raise TypeError or ValueError unless ``pairs`` is ``[K, 2]``, long, of indices of primitives, and not empty."""
     check_tensor("pairs", pairs, dtypes=(torch.long,))
@@ -113,11 +81,3 @@ def check_pairs(pairs: Tensor, num_attributes: int, num_objects: int) -> None:
     if wrong.any():
         first = tuple(pairs[wrong][0].tolist())
         raise ValueError(f"expected `pairs` of indices below {num_attributes, num_objects}, got {first}")
-
-
-def check_targets(targets: Tensor, images: Tensor, pairs: Tensor) -> None:
-    """Raise TypeError or ValueError unless ``targets`` are rows of ``pairs``, one an image."""
-    check_tensor("targets", targets, dtypes=(torch.long,))
-    check_shapes(targets=(targets, str(len(images))))
-    if ((targets < 0) | (targets >= len(pairs))).any():
-        raise ValueError(f"expected `targets` to be rows of the {len(pairs)} pairs, got {targets.tolist()}")

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines.branch import PairPrompts, Seam
 from baselines.csp import CSP
+from baselines.method import Seam
+from baselines.prompts import PairPrompts
 from czsl_heads import CompositionSpace, SparseAlignHead, wrap
 from czsl_heads.prompts.soft import SoftPrompts
 
