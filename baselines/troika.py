@@ -196,8 +196,8 @@ class Troika(Method):
             :class:`~czsl_heads.SparseAlignHead`, whose ``include_cls`` says whether [CLS] is one of the tokens.
         align_branches: Where ``align`` stands; the other branches compare [CLS].
         align_tokens: Which tokens a head sees: ``"projected"``, in CLIP's space, or ``"normed"``, those of traction.
-        disentangle: ``"each"``: every token is disentangled, and the head takes its pick for each text; ``"winner"``:
-            one token an image is, the one that wins the best pair.
+        disentangle: ``"winner"``: one token an image is disentangled, the one that wins the best pair, and compared
+            with all attributes and objects; ``"each"``: every token is, and the head takes its pick for each text.
         norm_rows, dropout_mask: Of the :class:`Disentangler`, on several tokens.
         layers, init_weight, traction_dropout: Of the :class:`Traction`.
         traction_chunk: Texts that traction works on at once; the result is the same. Where there are several chunks,
@@ -248,7 +248,7 @@ class Troika(Method):
         align: Align = "cls",
         align_branches: Sequence[Branch] = BRANCHES,
         align_tokens: Literal["projected", "normed"] = "projected",
-        disentangle: Literal["each", "winner"] = "each",
+        disentangle: Literal["winner", "each"] = "winner",
         norm_rows: Literal["tokens", "cls"] = "tokens",
         dropout_mask: Literal["token", "image"] = "token",
         layers: int = 2,
@@ -421,7 +421,7 @@ class Troika(Method):
         for branch in self.align_branches:
             check_choice("align_branches", branch, BRANCHES)
         check_choice("align_tokens", self.align_tokens, ("projected", "normed"))
-        check_choice("disentangle", self.disentangle, ("each", "winner"))
+        check_choice("disentangle", self.disentangle, ("winner", "each"))
         if self.traction_chunk is not None:
             check_integer("traction_chunk", self.traction_chunk, 1)
         for name in ("loss_weights", "inference_weights"):

@@ -2,7 +2,8 @@
 
 Three parts: ``seam``, the ways in which Sparse Alignment can stand in Troika, whose defaults are chosen by the AUC on
 validation images; ``quirks``, what the released code does besides its method; and ``zero-shot``, those quirks that need
-no training. Each variant of the first two is trained like the default, of the same seeds, with one option changed.
+no training. Each variant of the first two is trained like the first of its method, of the same seeds, with one option
+changed.
 Finished runs in DIR are kept.
 """
 
@@ -37,15 +38,16 @@ RESULTS = Path(__file__).parent / "results" / "baseline_choices.json"
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 # The options of each part that are compared: name of the variant, method, row, changed options.
 Variant = tuple[str, str, str, dict[str, Any]]
+EACH = {"disentangle": "each"}
 SEAM: tuple[Variant, ...] = (
-    ("default", "troika", "max", {}),
-    ("align_branches: pairs", "troika", "max", {"align_branches": ["pairs"]}),
-    ("align_branches: attributes, objects", "troika", "max", {"align_branches": ["attributes", "objects"]}),
-    ("include_cls: False", "troika", "max", {"include_cls": False}),
-    ("align_tokens: normed", "troika", "max", {"align_tokens": "normed"}),
+    ("disentangle: each", "troika", "max", EACH),
     ("disentangle: winner", "troika", "max", {"disentangle": "winner"}),
-    ("norm_rows: cls", "troika", "max", {"norm_rows": "cls"}),
-    ("dropout_mask: image", "troika", "max", {"dropout_mask": "image"}),
+    ("align_branches: pairs", "troika", "max", {"align_branches": ["pairs"]}),
+    ("align_branches: attributes, objects", "troika", "max", {**EACH, "align_branches": ["attributes", "objects"]}),
+    ("include_cls: False", "troika", "max", {**EACH, "include_cls": False}),
+    ("align_tokens: normed", "troika", "max", {**EACH, "align_tokens": "normed"}),
+    ("norm_rows: cls", "troika", "max", {**EACH, "norm_rows": "cls"}),
+    ("dropout_mask: image", "troika", "max", {**EACH, "dropout_mask": "image"}),
 )
 BY_LOSS = {"selection": "loss"}
 QUIRKS: tuple[Variant, ...] = (
@@ -62,7 +64,7 @@ QUIRKS: tuple[Variant, ...] = (
     ("dropout_at_evaluation: True", "csp", "cls", {"dropout_at_evaluation": True}),
 )
 TRAINED = {"seam": SEAM, "quirks": QUIRKS}
-# The variant that another is compared with, where it is not "default".
+# The variant that another is compared with, where it is not the first of its method.
 AGAINST = {"fused_validation_loss: True, epoch by loss": "default, epoch by loss"}
 
 
@@ -100,7 +102,7 @@ def study(work: Path, seeds: list[int], parts: list[str], imbalance: float) -> d
                 record = numbers(run_variant(work, dataset, variant, seed))
                 found.setdefault((variant[1], variant[0]), []).append(record)
                 print(part, seed, variant[1], variant[0], record, flush=True)
-        done[part] = {"seeds": seeds, "imbalance": imbalance, "rows": [_row(v, found) for v in TRAINED[part]]}
+        done[part] = {"seeds": seeds, "imbalance": imbalance, "rows": _rows(TRAINED[part], found)}
     results = {
         "command": "python -m benchmarks.baseline_choices",
         "environment": environment(),
@@ -111,23 +113,30 @@ def study(work: Path, seeds: list[int], parts: list[str], imbalance: float) -> d
     return written
 
 
-def _row(variant: Variant, found: dict[tuple[str, str], list[dict[str, float | None]]]) -> dict[str, Any]:
-    name, method, row, options = variant
-    other = AGAINST.get(name, "default")
-    values, others = found[method, name], found[method, other]
-    columns = {key: [value[key] for value in values] for key in values[0]}
-    return {
-        "method": method,
-        "row": row,
-        "name": name,
-        "options": options,
-        "runs": columns,
-        **{key: spread(column) for key, column in columns.items()},
-        "against": None if name == other or name.startswith("default") else other,
-        "difference": {
-            key: paired_difference(column, [value[key] for value in others]) for key, column in columns.items()
-        },
-    }
+def _rows(
+    variants: tuple[Variant, ...], found: dict[tuple[str, str], list[dict[str, float | None]]]
+) -> list[dict[str, Any]]:
+    rows = []
+    for name, method, row, options in variants:
+        first = next(variant[0] for variant in variants if variant[1] == method)
+        other = AGAINST.get(name, first)
+        columns, others = (
+            {key: [record[key] for record in found[method, which]] for key in ("validation_auc", "test_auc")}
+            for which in (name, other)
+        )
+        rows.append(
+            {
+                "method": method,
+                "row": row,
+                "name": name,
+                "options": options,
+                "runs": columns,
+                **{key: spread(column) for key, column in columns.items()},
+                "against": None if name == other else other,
+                "difference": {key: paired_difference(column, others[key]) for key, column in columns.items()},
+            }
+        )
+    return rows
 
 
 @torch.no_grad()

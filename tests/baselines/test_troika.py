@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines.troika import OFFICIAL, Disentangler, Quirks, Traction, Troika
+from baselines.troika import BRANCHES, OFFICIAL, Disentangler, Quirks, Traction, Troika
 from czsl_heads import CompositionSpace, SparseAlignHead, wrap
 from czsl_heads.functional import maxsim
 
@@ -199,7 +199,8 @@ def test_the_released_loop_trains_in_eval_mode_after_its_first_validation():
 @pytest.mark.parametrize("align_tokens", ["projected", "normed"])
 @pytest.mark.parametrize("include_cls", [True, False])
 def test_sparse_alignment_takes_the_best_token_of_each_branch(images, align_tokens, include_cls):
-    troika = build(align=SparseAlignHead(include_cls=include_cls), align_tokens=align_tokens, patch_norm="cumulative")
+    options = {"align_tokens": align_tokens, "disentangle": "each", "patch_norm": "cumulative"}
+    troika = build(align=SparseAlignHead(include_cls=include_cls), **options)
     texts, tokens = troika.texts(PAIRS), troika.encoder.encode_tokens(images)
     scale, first = troika.encoder.logit_scale, 0 if include_cls else 1
     views = (lambda rows: rows, troika.attribute_disentangler, troika.object_disentangler)
@@ -212,16 +213,19 @@ def test_sparse_alignment_takes_the_best_token_of_each_branch(images, align_toke
 
 @pytest.mark.parametrize("branches", [("pairs",), ("attributes", "objects"), ()])
 def test_branches_without_sparse_alignment_are_as_published(images, branches):
-    published, sparse = build(), build(align=SparseAlignHead())
-    mixed = build(align=SparseAlignHead(), align_branches=branches)(images, PAIRS)
+    published = build()
+    sparse, mixed = (
+        build(align=SparseAlignHead(), disentangle="each", align_branches=which) for which in (BRANCHES, branches)
+    )
+    mixed = mixed(images, PAIRS)
     for name, rows in mixed._asdict().items():
         expected = getattr((sparse if name in branches else published)(images, PAIRS), name)
         assert torch.equal(rows, expected)
 
 
 def test_the_winner_of_the_best_pair_is_disentangled_alone(images):
-    troika = build(align=SparseAlignHead(include_cls=False), disentangle="winner")
-    each = build(align=SparseAlignHead(include_cls=False))
+    troika = build(align=SparseAlignHead(include_cls=False))
+    each = build(align=SparseAlignHead(include_cls=False), disentangle="each")
     logits, texts = troika(images, PAIRS), troika.texts(PAIRS)
     assert torch.equal(logits.pairs, each(images, PAIRS).pairs)
     tokens = troika.encoder.encode_tokens(images)
@@ -238,7 +242,7 @@ def test_the_winner_of_the_best_pair_is_disentangled_alone(images):
 
 def test_with_the_class_token_alone_the_choices_for_tokens_say_nothing(images):
     published = build()(images, PAIRS)
-    options = {"align_tokens": "normed", "disentangle": "winner", "norm_rows": "cls", "dropout_mask": "image"}
+    options = {"align_tokens": "normed", "disentangle": "each", "norm_rows": "cls", "dropout_mask": "image"}
     for one, other in zip(published, build(**options)(images, PAIRS)):
         assert torch.equal(one, other)
 
@@ -322,7 +326,7 @@ def test_a_copy_is_independent(images):
         ({"text_chunk": -1}, "`text_chunk` to be at least 0"),
         ({"align_branches": ("pair",)}, "`align_branches` to be one of pairs, attributes, objects"),
         ({"align_tokens": "raw"}, "`align_tokens` to be one of projected, normed"),
-        ({"disentangle": "all"}, "`disentangle` to be one of each, winner"),
+        ({"disentangle": "all"}, "`disentangle` to be one of winner, each"),
         ({"norm_rows": "all"}, "`norm_rows` to be one of tokens, cls"),
         ({"dropout_mask": "all"}, "`dropout_mask` to be one of token, image"),
         ({"traction_chunk": 0}, "`traction_chunk` to be at least 1"),
