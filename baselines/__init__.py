@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from baselines.clip import CLIP
 from baselines.coop import CoOp
 from baselines.csp import CSP
 from baselines.troika import Troika
 
-BASELINES: dict[str, type[CLIP] | type[CoOp] | type[CSP] | type[Troika]] = {
+BASELINES: dict[str, type[Any]] = {
     "clip": CLIP,
     "coop": CoOp,
     "csp": CSP,

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from baselines.options import Config
 from baselines.rows import COMPARISONS, ROWS, rows_with
-from baselines.train import build, train_row
+from baselines.train import build, check_learning, train_row
 from czsl_heads._files import write_json
 from czsl_heads.data.layout import CompositionDataset, read_dataset
 from czsl_heads.data.shapes import shapes_space
@@ -60,12 +61,24 @@ def run_ablation(out: Path, config: Config) -> dict[str, Any]:
 
 @torch.no_grad()
 def _rehearse(config: Config) -> None:
-    space = read_dataset(config.data).space if config.shapes is None else shapes_space()
+    """Build every kind of row once and score with it, so that a wrong option is told before anything is written."""
+    dataset = read_dataset(config.data) if config.shapes is None else None
+    space = shapes_space() if dataset is None else dataset.space
     for name in ("topk", *(name for name in rows_with(config.add) if ROWS[name].base)):
         model = build(config, space, name).eval()
+        if ROWS[name].base is None:
+            check_learning(model, config.baseline, config.method)
         size = model.encoder.image_size
         pairs = space.pairs if ROWS[name].remembers else space.pairs[:1]
         model.scores(torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size)), pairs)
+    per_pair = 0 if config.shapes is None else config.shapes.train_per_pair
+    images = per_pair * int(space.seen_mask.sum()) if dataset is None else len(dataset.samples["train"])
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if normed and config.baseline.epochs and images % config.baseline.batch_size == 1:
+        size = config.baseline.batch_size
+        raise ValueError(
+            f"expected `options.batch_size` that leaves no batch of one of {images} images, for batch norm, got {size}"
+        )
 
 
 def _names(out: Path, config: Config) -> list[str]:

@@ -30,7 +30,7 @@ class CLIP(Method):
         space: Gives the primitives, whose names are cleaned; pairs are passed to each call.
         align: How an image is compared with texts: ``"cls"``, as published, or a :class:`~czsl_heads.SparseAlignHead`.
         context: The words in front of a pair.
-        official: Reproduce the released code; on a CPU its numbers are those of the clean reading.
+        official: As the other baselines have it; it changes nothing, for on a CPU the released code has these numbers.
         half_logits: Logits rounded to float16; the released code does so on a GPU.
 
     Shape:
@@ -65,7 +65,9 @@ class CLIP(Method):
         super().__init__()
         check_encoder("encoder", encoder)
         check_kind("space", space, CompositionSpace)
-        self.encoder, self.context, self.official = encoder, context, official
+        check_kind("context", context, str)
+        check_kind("official", official, bool)
+        self.encoder, self.context = encoder, context
         self.attributes, self.objects = space.attributes, space.objects
         self.seam = Seam(align, half_logits=half_logits)
 
@@ -88,14 +90,22 @@ class CLIP(Method):
         clip_state: Mapping[str, Tensor],
         attributes: Sequence[str],
         objects: Sequence[str],
+        *,
+        enable_pos_emb: bool = True,
         **options: Any,
     ) -> CLIP:
-        """A CLIP from its state dict in OpenAI's layout, of any size, in eval mode; ``options`` are the constructor's.
+        """A CLIP from its state dict in OpenAI's layout, of any size, in eval mode.
+
+        Args:
+            clip_state: State dict in OpenAI's layout, of any size.
+            attributes, objects: Names.
+            enable_pos_emb: Of the released code, where it is always on.
+            options: Of the constructor, such as ``align``; ``official`` is True.
 
         Raises:
             TypeError, ValueError: A tensor is missing or unknown, or of a shape that cannot be right.
         """
-        encoder, space = read_clip(clip_state), read_vocabulary(attributes, objects)
+        encoder, space = read_clip(clip_state, enable_pos_emb=enable_pos_emb), read_vocabulary(attributes, objects)
         return cls(encoder, space, official=True, **options).eval()
 
     def official_tensors(self) -> dict[str, Tensor]:

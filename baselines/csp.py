@@ -11,6 +11,7 @@ from baselines.method import Align, Method, Seam
 from baselines.official import check_table, read_clip, read_vocabulary
 from baselines.prompts import PairPrompts
 from czsl_heads import CompositionSpace
+from czsl_heads._checks import check_kind
 from czsl_heads.encoders.protocol import Encoder
 from czsl_heads.prompts.soft import Encode
 
@@ -67,6 +68,7 @@ class CSP(Method):
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
+        check_kind("official", official, bool)
         self.encoder = encoder
         self.prompts = PairPrompts(
             encoder,

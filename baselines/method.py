@@ -26,6 +26,9 @@ class Seam(nn.Module):
     Shape:
         tokens [batch, tokens, dim], texts [texts, dim] or [batch, texts, dim], scale: logits [batch, texts]. Where
         there is one token it stands for the image, whatever the head.
+
+    Raises:
+        TypeError, ValueError: An argument is of another kind, or shapes do not fit.
     """
 
     def __init__(self, align: Align = "cls", *, half_logits: bool = False) -> None:
@@ -35,6 +38,7 @@ class Seam(nn.Module):
             check_choice("align", align, ("cls",))
             align = self.only
         check_kind("align", align, SparseAlignHead)
+        check_kind("half_logits", half_logits, bool)
         self.head, self.half_logits = align, half_logits
 
     @property
@@ -77,7 +81,7 @@ class Method(nn.Module):
 
     def forward(self, images: Tensor, pairs: Tensor, texts: Any = None) -> Any:
         """Logits; ``texts`` are :meth:`texts` of these pairs, where they are known already."""
-        texts = self.texts(pairs) if texts is None else texts
+        texts = self.texts(pairs) if texts is None else self._known(texts, pairs)
         (logits,) = self.compare(self.encode(images), texts)
         return logits
 
@@ -104,8 +108,14 @@ class Method(nn.Module):
 
     def pair_texts(self, texts: Any) -> Tensor:
         """The unit features of pairs ``[K, dim]`` among all that :meth:`texts` gives."""
+        check_tensor("texts", texts)
         of_pairs: Tensor = texts
         return of_pairs
+
+    def _known(self, texts: Any, pairs: Tensor) -> Any:
+        check_tensor("pairs", pairs, dtypes=(torch.long,))
+        check_shapes(pairs=(pairs, "pairs 2"), texts=(self.pair_texts(texts), "pairs dim"))
+        return texts
 
     def pair_logits(self, logits: Any) -> Tensor:
         """The logits of pairs ``[batch, K]`` among all that :meth:`forward` gives."""

@@ -37,10 +37,14 @@ class Options:
     Args:
         epochs: Passes over the training images; 0: nothing is trained, and one seed is as good as any.
         batch_size: Images a batch (on each device).
-        accumulate: Batches a step of the optimiser. Losses are divided by it, also in an incomplete last group.
+        accumulate: Batches a step of the optimiser.
+        incomplete_group: Of an epoch's last step, which may have fewer batches: ``"mean"`` of their losses, or
+            ``"full"``, their sum divided by ``accumulate``, as CSP's loop.
         learning_rate, weight_decay: Of Adam, whose decay is coupled, as in the field's code.
         decay_every, decay_factor: The rate is multiplied by ``decay_factor`` every ``decay_every`` epochs; None: never.
         selection: The epoch that is tested: best AUC or least loss on validation, or the last.
+        selection_digits: Decimals to which AUC or loss are rounded before epochs are compared, of which the first of
+            equals is kept; Troika's loop has 4. None: not rounded.
         topk, include_cls: Of the alignment heads.
         eval_batch_size: Images at once in validation and test.
         workers: Processes that load images; None: one a core, at most 8.
@@ -54,11 +58,13 @@ class Options:
     epochs: int = 20
     batch_size: int = 64
     accumulate: int = 1
+    incomplete_group: Literal["mean", "full"] = "mean"
     learning_rate: float = 5e-5
     weight_decay: float = 1e-5
     decay_every: int | None = None
     decay_factor: float = 0.5
     selection: Selection = "auc"
+    selection_digits: int | None = None
     topk: int = 4
     include_cls: bool = True
     eval_batch_size: int = 64
@@ -81,8 +87,11 @@ class Options:
             check_positive(name, getattr(self, name))
         check_range("weight_decay", self.weight_decay, 0)
         check_choice("selection", self.selection, get_args(Selection))
+        check_choice("incomplete_group", self.incomplete_group, ("mean", "full"))
+        if self.selection_digits is not None:
+            check_integer("selection_digits", self.selection_digits, 0)
         check_kind("include_cls", self.include_cls, bool)
-        assert self.loading  # which checks the rest
+        _ = self.loading  # which checks the rest
 
     @property
     def loading(self) -> SACOptions:

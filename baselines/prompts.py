@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from czsl_heads import CompositionSpace
-from czsl_heads._checks import check_kind, check_shapes, check_tensor
+from czsl_heads._checks import check_choice, check_kind, check_shapes, check_tensor
 from czsl_heads.encoders.protocol import Encoder
 from czsl_heads.prompts.soft import Encode, SoftPrompts, TextFeatures
 
@@ -29,6 +29,15 @@ class PairPrompts(SoftPrompts):
     Shape:
         ``prompts.texts(pairs)``, pairs [K, 2] long, to :class:`~czsl_heads.prompts.soft.TextFeatures`, unit rows; with
         ``span="pairs"`` the features of primitives are empty.
+
+    Raises:
+        TypeError, ValueError: An argument is of another kind or shape, or pairs name no primitives of ``space``.
+
+    Example:
+        >>> from czsl_heads import wrap
+        >>> space = CompositionSpace(["red", "blue"], ["circle"], seen=[("red", "circle")])
+        >>> PairPrompts(wrap("tiny"), space).texts(torch.tensor([[1, 0], [1, 0]])).pairs.shape
+        torch.Size([2, 96])
     """
 
     def __init__(
@@ -45,6 +54,8 @@ class PairPrompts(SoftPrompts):
         dropout_at_evaluation: bool = False,
     ) -> None:
         check_kind("space", space, CompositionSpace)
+        check_choice("span", span, ("pairs", "all"))
+        check_kind("dropout_at_evaluation", dropout_at_evaluation, bool)
         named = space if primitives is None else CompositionSpace(["x"], ["x"], seen=[(0, 0)])
         super().__init__(encoder, named, context=context, dropout=dropout, encode=encode, checkpoint=checkpoint)
         self.attributes, self.objects = space.attributes, space.objects
@@ -56,6 +67,11 @@ class PairPrompts(SoftPrompts):
         self.span, self.dropout_at_evaluation = span, dropout_at_evaluation
         if span == "pairs":
             del self.attribute_context, self.object_context
+
+    def forward(self, space: CompositionSpace) -> TextFeatures:
+        """:meth:`texts` of the pairs of a space with the same primitives."""
+        self._check_space(space)
+        return self.texts(space.pairs)
 
     def texts(self, pairs: Tensor) -> TextFeatures:
         """Encode these pairs; one dropout mask on the table for all prompts of the call."""

@@ -64,7 +64,8 @@ def _notes(results: dict[str, Any]) -> list[str]:
     for name in ("model", *(() if added else ADDED)):
         del options[name]
     settings = [f"{name} {value} ({results['sources'].get(name, 'default')})" for name, value in options.items()]
-    learned = {row["row"]: f"{row['trainable_parameters']:,}" for row in rows if row["trainable_parameters"]}
+    trained = [row for row in rows if row["runs"][0]["best_epoch"] is not None]
+    learned = {row["row"]: f"{row['trainable_parameters']:,}" for row in trained}
     return [
         "S, U: best accuracy on seen and on unseen pairs; HM: best harmonic mean; AUC: area under the seen-unseen "
         "curve. cls, max and topk share seeds, data, budget and initial weights. Differences are in points, of the "

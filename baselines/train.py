@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from baselines import BASELINES
@@ -109,14 +109,20 @@ class Training(lightning.LightningModule):
             self.model.eval()
             self.model.train()
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, columns = batch
         if isinstance(self.model, Condensed) and self._train_texts is None:
             self._train_texts = self.model.texts(self.train_pairs)  # which do not learn
         rows = self.get_buffer("_train_row")[columns]
         loss: Tensor = self.model.loss(images, self.train_pairs, rows, self._train_texts)
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(images))
-        return loss
+        return loss * self._share(batch_idx)
+
+    def _share(self, batch_idx: int) -> float:
+        """What makes up for Lightning's division by ``accumulate`` in an incomplete last group."""
+        batches, group = int(self.trainer.num_training_batches), self.options.accumulate
+        incomplete = batch_idx >= batches - batches % group
+        return group / (batches % group) if incomplete and self.options.incomplete_group == "mean" else 1.0
 
     def on_validation_epoch_start(self) -> None:
         self._start("val")
@@ -126,14 +132,15 @@ class Training(lightning.LightningModule):
         if self.options.selection == "loss":
             images, columns = batch
             loss = getattr(self.model, "validation_loss", self.model.loss)
-            self._loss_sum += loss(images, self.dataset.space.pairs, columns, self._texts).double().cpu() * len(images)
+            self._loss_sum += loss(images, self.dataset.space.pairs, columns, self._texts).cpu().double() * len(images)
 
     def on_validation_epoch_end(self) -> None:
         result = self._scores["standard"].compute()
         loss = self._loss_sum.item() / len(self.dataset.samples["val"])
         selected = {"auc": result.auc, "loss": -loss, "last": float(self.current_epoch)}[self.options.selection]
         self.log("val/auc", result.auc, prog_bar=True)
-        self.log(SELECTED, selected)
+        digits = self.options.selection_digits
+        self.log(SELECTED, selected if digits is None else round(selected, digits))
 
     def on_test_epoch_start(self) -> None:
         self._start("test")
@@ -196,7 +203,7 @@ def train_row(folder: Path, dataset: CompositionDataset, config: Config, name: s
         The record: what was trained, the chosen epoch, and the results on the test images by protocol.
 
     Raises:
-        ValueError: There is something to train and no epoch to do so, or the other way round.
+        ValueError: There are epochs, and nothing to train.
         OSError: What the row is based on is missing.
         KeyboardInterrupt: The run was interrupted; calling again resumes it.
     """
@@ -209,9 +216,7 @@ def train_row(folder: Path, dataset: CompositionDataset, config: Config, name: s
     if row.base is not None:
         options = replace(options.condensing, epochs=0) if row.probabilities or row.remembers else options.condensing
         _take_over(model, folder, name)
-    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if options.epochs and not learned:
-        raise ValueError(f"expected `options.epochs` to be 0 for {config.method}, which learns nothing, got more")
+    learned = check_learning(model, options, config.method)
     module = Training(model, dataset, options, seed=seed, row=row)
     with quiet(), interruptible():
         if options.epochs:
@@ -228,6 +233,14 @@ def train_row(folder: Path, dataset: CompositionDataset, config: Config, name: s
     return record
 
 
+def check_learning(model: nn.Module, options: Options, method: str) -> int:
+    """How many parameters are trained; ValueError where there are epochs, and none."""
+    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if options.epochs and not learned:
+        raise ValueError(f"expected `options.epochs` to be 0 for {method}, which learns nothing, got {options.epochs}")
+    return learned
+
+
 def _take_over(model: Any, folder: Path, name: str) -> None:
     """What the rows before have learned."""
     base = ROWS[name].base
@@ -236,7 +249,7 @@ def _take_over(model: Any, folder: Path, name: str) -> None:
     _take_over(model, folder, base)
     if json.loads((folder / base / RECORD).read_text())["best_epoch"] is not None:
         whole = model.method if isinstance(model, Condensed) and not ROWS[base].base else model
-        whole.load_state_dict(_learned(folder / base)["state_dict"], strict=False)
+        _load(whole, _learned(folder / base))
 
 
 def _learned(folder: Path) -> dict[str, Any]:
@@ -244,6 +257,11 @@ def _learned(folder: Path) -> dict[str, Any]:
     kept: dict[str, Any] = torch.load(folder / CHECKPOINTS / "best.ckpt", weights_only=True, map_location="cpu")
     named = {name.removeprefix("model."): tensor for name, tensor in kept["state_dict"].items()}
     return {**kept, "state_dict": named}
+
+
+def _load(model: nn.Module, kept: dict[str, Any]) -> None:
+    if unknown := model.load_state_dict(kept["state_dict"], strict=False).unexpected_keys:
+        raise ValueError(f"expected a checkpoint of this model, got tensors of another, such as {unknown[0]!r}")
 
 
 def _fit(module: Training, folder: Path, config: Config) -> tuple[lightning.Trainer, dict[str, Any]]:
@@ -256,7 +274,7 @@ def _fit(module: Training, folder: Path, config: Config) -> tuple[lightning.Trai
     last = folder / CHECKPOINTS / "last.ckpt"
     fitter.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
     kept = _learned(folder)
-    module.model.load_state_dict(kept["state_dict"], strict=False)
+    _load(module.model, kept)
     score = best.best_model_score
     return fitter, {"best_epoch": int(kept["epoch"]) + 1, "selected": None if score is None else score.item()}
 

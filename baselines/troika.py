@@ -24,7 +24,7 @@ from baselines.official import (
 )
 from baselines.prompts import PairPrompts
 from czsl_heads import CompositionSpace
-from czsl_heads._checks import check_choice, check_integer, check_range
+from czsl_heads._checks import check_choice, check_integer, check_kind, check_range
 from czsl_heads.adapters.bottleneck import AdaptedBlock, add_bottlenecks
 from czsl_heads.encoders.protocol import Encoder
 from czsl_heads.functional.fusion import combine
@@ -94,6 +94,8 @@ class Disentangler(nn.Module):
         return viewed
 
     def _normalized(self, hidden: Tensor) -> Tensor:
+        if self.training and hidden.shape[:2] == (1, 1):
+            raise ValueError("expected `images` to be at least two in training, for batch norm, got one")
         # flattened, since batch norm would take dimension 1, the tokens, for channels
         if not self.training or self.norm_rows == "tokens":
             normalized: Tensor = self.norm(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
@@ -197,8 +199,9 @@ class Troika(Method):
         align_branches: Where ``align`` stands; the other branches compare [CLS].
         align_tokens: Which tokens a head sees: ``"projected"``, in CLIP's space, or ``"normed"``, those of traction.
         disentangle: ``"winner"``: one token an image is disentangled, the one that wins the best pair, and compared
-            with all attributes and objects; ``"each"``: every token is, and the head takes its pick for each text.
-        norm_rows, dropout_mask: Of the :class:`Disentangler`, on several tokens.
+            with all attributes and objects, so that these logits depend on which pairs are asked for; ``"each"``: every
+            token is, and the head takes its pick for each text.
+        norm_rows, dropout_mask: Of the :class:`Disentangler`; without meaning where it sees one token an image.
         layers, init_weight, traction_dropout: Of the :class:`Traction`.
         traction_chunk: Texts that traction works on at once; the result is the same. Where there are several chunks,
             their activations are not kept but computed again in the backward pass. Default: as many as keep images x
@@ -275,6 +278,13 @@ class Troika(Method):
         asked = (patch_norm, fusion, text_chunk, fused_validation_loss, stays_in_eval)
         named: Any = {name: value for name, value in zip(Quirks._fields, asked) if value is not None}
         self.quirks = (OFFICIAL if official else Quirks())._replace(**named)
+        for name, switch in (("official", official), ("checkpoint", checkpoint)):
+            check_kind(name, switch, bool)
+        if isinstance(align_branches, str) or not isinstance(align_branches, Sequence):
+            raise TypeError(f"expected `align_branches` to be a list of names, got {align_branches!r}")
+        check_integer("adapter_dim", adapter_dim, 1)
+        check_range("adapter_dropout", adapter_dropout, 0, 1)
+        check_range("init_weight", init_weight, -math.inf)
         self.align_branches, self.align_tokens, self.disentangle = tuple(align_branches), align_tokens, disentangle
         self.traction_chunk, self.loss_weights, self.inference_weights = traction_chunk, loss_weights, inference_weights
         self._check_options()
@@ -307,12 +317,16 @@ class Troika(Method):
         return super().encode(images)  # so that an encoder that knows no checkpoints will do
 
     def compare(self, tokens: Tensor, texts: TextFeatures, *vectors: Tensor) -> list[TroikaLogits]:
-        """Logits of all branches, of the tokens and of each vector; the tokens are what texts are drawn to."""
+        """Logits of all branches, of the tokens and of each vector, which takes the length of [CLS], too.
+
+        The tokens are what texts are drawn to.
+        """
         normed = self._normed(tokens)
         seen = [self._seen(branch, tokens, rows) for branch, rows in zip(BRANCHES, normed)]
-        single = [vector[:, None] for vector in vectors]
+        length = tokens[:, :1].norm(dim=-1, keepdim=True)  # at which the disentanglers know what they see
+        single = [length * F.normalize(vector, dim=-1)[:, None] for vector in vectors]
         of_pairs = self._branch([seen[0], *single], normed[0], texts.pairs)
-        if self.disentangle == "winner" and self.seam.takes_tokens:
+        if self.disentangle == "winner" and max(rows.shape[1] for rows in seen[1:]) > 1:
             winner = self._winner(of_pairs[0], tokens, normed[0], texts.pairs)
             seen[1:] = [rows if rows.shape[1] == 1 else winner for rows in seen[1:]]
         attributes, objects = (
@@ -349,6 +363,7 @@ class Troika(Method):
         return torch.stack([weight * term for weight, term in zip(self.loss_weights, terms)]).sum()
 
     def pair_texts(self, texts: TextFeatures) -> Tensor:
+        check_kind("texts", texts, TextFeatures)
         return texts.pairs
 
     def pair_logits(self, logits: TroikaLogits) -> Tensor:
@@ -415,6 +430,8 @@ class Troika(Method):
         return candidates[torch.arange(len(index), device=index.device)[:, None], index]
 
     def _check_options(self) -> None:
+        for name in ("fused_validation_loss", "stays_in_eval"):
+            check_kind(name, getattr(self.quirks, name), bool)
         check_choice("patch_norm", self.quirks.patch_norm, ("fresh", "cumulative"))
         check_choice("fusion", self.quirks.fusion, ("probs", "logits"))
         check_integer("text_chunk", self.quirks.text_chunk, 0)
@@ -426,6 +443,7 @@ class Troika(Method):
             check_integer("traction_chunk", self.traction_chunk, 1)
         for name in ("loss_weights", "inference_weights"):
             weights = getattr(self, name)
+            check_kind(name, weights, Sequence)
             if len(weights) != 3:
                 raise ValueError(f"expected `{name}` of pairs, attributes and objects, got {weights}")
             for weight in weights:

@@ -73,6 +73,11 @@ def run_variant(work: Path, dataset: CompositionDataset, variant: Variant, seed:
     name, method, row, options = variant
     config = configure(method, data=str(dataset.root), preset="shapes", options=options, trainer=QUIET)
     folder = work / re.sub(r"\W+", "-", f"{method}-{row}-{name}")
+    settings = {key: value for key, value in config.as_dict().items() if key not in ("data", "seeds")}
+    kept = folder / "config.json"
+    if kept.exists() and json.loads(kept.read_text()) != json.loads(json.dumps(settings)):
+        raise ValueError(f"expected `work` to be new or of the same settings, got {kept} of others")
+    write_json(kept, settings)
     return train_row(folder / f"seed{seed}", dataset, config, row, seed)
 
 
@@ -87,6 +92,7 @@ def numbers(record: dict[str, Any]) -> dict[str, float | None]:
 
 def study(work: Path, seeds: list[int], parts: list[str], imbalance: float) -> dict[str, Any]:
     """The variants of some parts, written to ``results/baseline_choices.json`` beside other parts that stand there."""
+    work = work / f"imbalance-{imbalance}"
     root = work / "shapes"
     spec = replace(ShapesSpec(), imbalance=imbalance)
     if not root.exists():

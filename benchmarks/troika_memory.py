@@ -8,6 +8,7 @@ included, with and without running the blocks of both towers again. On a GPU if 
 from __future__ import annotations
 
 import gc
+from itertools import product
 
 import torch
 
@@ -21,12 +22,13 @@ QUESTION = "What memory does a training step of Troika take at the size of C-GQA
 BATCH = 16
 
 
-def step_bytes(device: str, *, checkpoint: bool, scale: float = 1.0) -> dict[str, float]:
+def step_bytes(device: str, *, checkpoint: bool, disentangle: str, scale: float = 1.0) -> dict[str, float]:
     """Weights, and the peak of a step beyond them, in GB, with a part ``scale`` of the primitives and pairs."""
     torch.manual_seed(SEED)
     space = draw_space(SIZES["C-GQA"], scale)
     options = load_options("troika", "cgqa")[0]
-    troika = Troika(wrap("ViT-L-14"), space, align=SparseAlignHead(), checkpoint=checkpoint, **options.model).to(device)
+    choices = {"checkpoint": checkpoint, "disentangle": disentangle, **options.model}
+    troika = Troika(wrap("ViT-L-14"), space, align=SparseAlignHead(), **choices).to(device)
     pairs = space.pairs[space.seen_mask].to(device)
     images, targets = torch.randn(BATCH, 3, 224, 224, device=device), torch.arange(BATCH, device=device)
 
@@ -48,11 +50,10 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     where = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
-    for checkpoint in asked.checkpoint:
+    for checkpoint, disentangle in product(asked.checkpoint, ("winner", "each")):
         gc.collect()
-        rows.append(
-            {"device": where, "checkpoint": checkpoint, **step_bytes(where, checkpoint=checkpoint, scale=asked.scale)}
-        )
+        choices = {"checkpoint": checkpoint, "disentangle": disentangle}
+        rows.append({"device": where, **choices, **step_bytes(where, scale=asked.scale, **choices)})
         print(rows[-1], flush=True)
     if asked.scale == 1:
         write_results(f"troika_memory-{where}", QUESTION, SEED, {"rows": rows})

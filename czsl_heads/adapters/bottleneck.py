@@ -26,6 +26,17 @@ class Bottleneck(nn.Module):
 
     Shape:
         [..., width] to [..., width]; zeros at the start, since ``up_proj`` starts at zero.
+
+    Raises:
+        TypeError, ValueError: A size is no positive integer, the scale not positive, or the dropout not in [0, 1].
+
+    Example:
+        >>> adapter = Bottleneck(96, 8)
+        >>> tuple(adapter(torch.ones(2, 5, 96)).shape), adapter(torch.ones(96)).any().item()
+        ((2, 5, 96), False)
+
+    References:
+        Chen et al., AdaptFormer, NeurIPS 2022.
     """
 
     def __init__(self, width: int, dim: int, *, scale: float = 0.1, dropout: float = 0.0) -> None:
@@ -64,7 +75,7 @@ class AdaptedBlock(nn.Module):
         super().__init__()
         for name in _PARTS:
             setattr(self, name, getattr(block, name))
-        self.attn_adapter, self.mlp_adapter = attn_adapter, mlp_adapter
+        self.attn_adapter, self.mlp_adapter = (each.train(block.training) for each in (attn_adapter, mlp_adapter))
         self.training = block.training
 
     def get_weight_dtype(self) -> torch.dtype:

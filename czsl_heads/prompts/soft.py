@@ -84,6 +84,7 @@ class SoftPrompts(nn.Module):
         super().__init__()
         check_encoder("encoder", encoder)
         check_kind("space", space, CompositionSpace)
+        check_kind("context", context, str)
         check_range("dropout", dropout, 0, 1)
         check_choice("encode", encode, ("auto", "prefix", "plain"))
         self.dropout, self.encode, self.checkpoint = dropout, encode, checkpoint
@@ -106,9 +107,7 @@ class SoftPrompts(nn.Module):
 
     def forward(self, space: CompositionSpace) -> TextFeatures:
         """Encode the pairs of ``space`` and all its primitives."""
-        check_kind("space", space, CompositionSpace)
-        if (space.attributes, space.objects) != (self.attributes, self.objects):
-            raise ValueError("expected `space` over the primitives that these prompts were made for, got others")
+        self._check_space(space)
         table = F.dropout(self.primitives, self.dropout, self.training)
         attributes, objects = table.split([len(self.attributes), len(self.objects)])
         contexts = self.pair_context, self.attribute_context, self.object_context
@@ -116,6 +115,11 @@ class SoftPrompts(nn.Module):
         every = (torch.arange(len(rows), device=rows.device)[:, None] for rows in (attributes, objects))
         prompts = space.pairs_on(table.device), *every
         return TextFeatures(*self.encode_kinds(contexts, kinds, prompts))
+
+    def _check_space(self, space: CompositionSpace) -> None:
+        check_kind("space", space, CompositionSpace)
+        if (space.attributes, space.objects) != (self.attributes, self.objects):
+            raise ValueError("expected `space` over the primitives that these prompts were made for, got others")
 
     def encode_kinds(
         self, contexts: Sequence[Tensor], tables: Sequence[tuple[Tensor, ...]], prompts: Iterable[Tensor]

@@ -62,6 +62,8 @@ def _loader(
         num_workers=workers,
         pin_memory=torch.cuda.is_available() and not whole,  # without, a GPU is waited for at each copy
         collate_fn=_as_it_is if whole else None,
+        # Its own, or it would draw from the one that an epoch is seeded with, before that or after.
+        generator=torch.Generator(),
     )
 
 

@@ -126,7 +126,7 @@ def test_lora_may_be_inside(small_encoder, images):
 def test_modes_and_types_are_those_of_the_block():
     encoder = wrap("tiny").to(torch.bfloat16)
     blocks = add_bottlenecks(encoder, dim=3)
-    assert not any(block.training for block in blocks)
+    assert not any(module.training for block in blocks for module in block.modules())
     assert blocks[0].attn_adapter.up_proj.weight.dtype == torch.bfloat16
     assert encoder.encode_tokens(torch.zeros(2, 3, 48, 48, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert all(block.mlp_adapter.training for block in add_bottlenecks(wrap("tiny").train(), dim=3))

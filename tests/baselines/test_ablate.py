@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from baselines import BASELINES
 from baselines.__main__ import main
 from baselines.ablate import run_ablation
 from baselines.options import configure
@@ -145,7 +146,9 @@ def test_a_folder_of_other_settings_is_refused(comparison, shapes_root, method, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method=eva"], "expected `method` to be one of clip, coop, csp, troika, got 'eva'"),
+        (["--method=eva"], f"expected `method` to be one of {', '.join(BASELINES)}, got 'eva'"),
+        (["--method=clip", "--options.epochs=1"], "expected `options.epochs` to be 0 for clip, which learns nothing"),
+        (["--method=troika", "--options.batch_size=1919"], "expected `options.batch_size` that leaves no batch of one"),
         (["--method=csp", "--data=nowhere"], "nowhere: expected the folder of a data set, got nothing"),
         (["--method=csp", "--options.epoch=3"], "expected `options` to be one of epochs"),
         (["--method=troika", "--options.layers=-1"], "expected `layers` to be"),
@@ -229,6 +232,47 @@ def test_troikas_loop_stays_in_eval_mode_where_it_is_asked_to(shapes_root, datas
 def test_the_last_epoch_is_taken_where_it_is_asked_for(tmp_path, shapes_root, dataset):
     record = train_row(tmp_path, dataset, configured("coop", shapes_root, epochs=2, selection="last"), "cls", 0)
     assert (record["best_epoch"], record["selected"]) == (2, 1.0)
+
+
+@pytest.mark.parametrize(("incomplete_group", "factor"), [("mean", 2.0), ("full", 1.0)])
+def test_an_incomplete_group_of_batches_is_weighed_as_asked(shapes_root, dataset, incomplete_group, factor):
+    # Of three batches two make a group, and one is left, whose loss Lightning divides by two.
+    config = configured("csp", shapes_root, batch_size=32, accumulate=2, incomplete_group=incomplete_group)
+    module, losses = Training(build(config, dataset.space, "cls"), dataset, config.baseline, seed=0), []
+    step = module.training_step
+
+    def note(batch, batch_idx):
+        images, columns = batch
+        with torch.no_grad():
+            rows = module.get_buffer("_train_row")[columns]
+            plain = module.model.eval().loss(images, module.train_pairs, rows)
+            losses.append(step(batch, batch_idx) / plain)
+        return step(batch, batch_idx)
+
+    module.training_step = note
+    flags = {**QUIET, "max_epochs": 1, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0}
+    with lightning_trainer.quiet():
+        lightning_trainer.testing_trainer(flags).fit(module)
+    assert [ratio.item() for ratio in losses] == pytest.approx([1.0, 1.0, factor])
+
+
+def test_what_is_compared_is_rounded_where_it_is_asked_for(tmp_path, shapes_root, dataset):
+    exact, rounded = (
+        train_row(tmp_path / str(digits), dataset, configured("coop", shapes_root, selection_digits=digits), "cls", 0)
+        for digits in (None, 1)
+    )
+    assert rounded["selected"] == pytest.approx(round(exact["selected"], 1))
+    assert rounded["selected"] != exact["selected"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, shapes_root, dataset):
+    config = configured("csp", shapes_root, condense_epochs=1)
+    train_row(tmp_path, dataset, config, "max", 0)
+    path = tmp_path / "max" / "checkpoints" / "best.ckpt"
+    kept = torch.load(path, weights_only=True)
+    torch.save({**kept, "state_dict": {**kept["state_dict"], "model.other": torch.zeros(1)}}, path)
+    with pytest.raises(ValueError, match="a checkpoint of this model, got tensors of another, such as 'other'"):
+        train_row(tmp_path, dataset, config, "vac", 0)
 
 
 def test_the_epoch_of_least_loss_is_kept_with_all_that_was_learned(tmp_path, shapes_root, dataset):

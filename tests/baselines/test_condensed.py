@@ -43,7 +43,8 @@ def test_the_vector_takes_the_place_of_the_class_token(name, align, images):
             views = (lambda vector: vector, method.attribute_disentangler, method.object_disentangler)
             for rows, view in zip(texts, views):
                 drawn = method.traction(rows, method.traction.read(method.traction.token_norm(tokens)), len(images))
-                vector = F.normalize(view(out.features[:, None]), dim=-1)
+                length = tokens[:, 0].norm(dim=-1)[:, None, None]  # what the disentanglers are used to
+                vector = F.normalize(view(length * out.features[:, None]), dim=-1)
                 expected.append(method.encoder.logit_scale * (vector * drawn).sum(dim=-1))
         else:
             expected = [method.encoder.logit_scale * out.features @ texts.T]

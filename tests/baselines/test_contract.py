@@ -224,6 +224,14 @@ def test_bad_arguments_are_named(name, images):
         build(name, align=torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="`space` to be a CompositionSpace"):
         BASELINES[name](wrap("tiny"), ATTRIBUTES)
+    with pytest.raises(ValueError, match=r"`texts` of shape"):
+        model.scores(images, pairs[:3], model.texts(pairs))
+    with pytest.raises(TypeError, match="`texts` to be a"):
+        model.scores(images, pairs, "texts")
+    with pytest.raises(TypeError, match="`official` to be a bool, got str"):
+        build(name, official="no")
+    with pytest.raises(TypeError, match="`context` to be a"):
+        build(name, context=None)
     with pytest.raises(TypeError, match="`encoder` to be an Encoder"):
         BASELINES[name](torch.nn.Linear(2, 2), make_space())
 

@@ -27,6 +27,24 @@ def test_prompts_of_pairs_are_those_of_the_space(encoder):
     assert alone.attributes.shape == alone.objects.shape == (0, 96)
 
 
+def test_prompts_are_called_with_a_space_too(encoder):
+    for span in ("pairs", "all"):
+        prompts = PairPrompts(encoder, SPACE, span=span)
+        for one, other in zip(prompts(SPACE), prompts.texts(SPACE.pairs)):
+            assert torch.equal(one, other)
+        with pytest.raises(ValueError, match="`space` over the primitives that these prompts were made for"):
+            prompts(CompositionSpace(["old"], ["cat"], seen=[(0, 0)]))
+
+
+def test_switches_and_choices_are_checked(encoder):
+    with pytest.raises(TypeError, match="`half_logits` to be a bool"):
+        Seam(half_logits="no")
+    with pytest.raises(TypeError, match="`dropout_at_evaluation` to be a bool"):
+        PairPrompts(encoder, SPACE, dropout_at_evaluation="no")
+    with pytest.raises(ValueError, match="`span` to be one of pairs, all"):
+        PairPrompts(encoder, SPACE, span="objects")
+
+
 def test_prompts_of_pairs_alone_learn_no_other_context(encoder):
     assert set(PairPrompts(encoder, SPACE).state_dict()) == {"pair_context", "primitives"}
     assert set(PairPrompts(encoder, SPACE, span="all").state_dict()) == set(SoftPrompts(encoder, SPACE).state_dict())

@@ -85,7 +85,7 @@ def test_what_authors_said_in_issues_is_marked_so():
         for preset in ("ut-zappos", "mit-states", "cgqa"):
             options, _ = load_options(method, preset)
             assert options.batch_size * options.accumulate == 128
-    assert load_options("csp", "cgqa")[1]["accumulate"] == load_options("coop", "cgqa")[1]["batch_size"] == "issue"
+    assert load_options("csp", "cgqa")[1]["accumulate"] == load_options("coop", "cgqa")[1]["batch_size"] == "guess"
     assert load_options("coop", "mit-states")[0].learning_rate == load_options("csp", "mit-states")[0].learning_rate
 
 
@@ -161,7 +161,7 @@ def test_bad_arguments_are_named(arguments, message):
     [
         *(("epochs", -1), ("batch_size", 0), ("accumulate", 0), ("learning_rate", 0.0), ("weight_decay", -1.0)),
         *(("decay_every", 0), ("decay_factor", 0.0), ("selection", "hm"), ("topk", 0), ("eval_batch_size", 0)),
-        ("workers", -1),
+        *(("workers", -1), ("selection_digits", -1), ("incomplete_group", "sum"), ("alpha", 7.0)),
     ],
 )
 def test_options_out_of_range_are_named(name, wrong):

@@ -334,7 +334,9 @@ def test_a_copy_is_independent(images):
         ({"loss_weights": (1.0, 1.0)}, "`loss_weights` of pairs, attributes and objects"),
         ({"inference_weights": (1.0, -1.0, 1.0)}, "`inference_weights` to be at least 0"),
         ({"traction_dropout": 1.5}, r"`traction_dropout` to be in \[0, 1\]"),
-        ({"adapter_dim": 0}, "`dim` to be at least 1"),
+        ({"adapter_dim": 0}, "`adapter_dim` to be at least 1"),
+        ({"adapter_dropout": 2}, r"`adapter_dropout` to be in \[0, 1\]"),
+        ({"init_weight": math.nan}, "`init_weight` to be"),
         ({"primitives": torch.zeros(4, 96)}, r"`primitives` of shape \(5, 96\)"),
     ],
 )
@@ -351,3 +353,34 @@ def test_an_encoder_serves_one_troika():
     Troika(encoder, SPACE)
     with pytest.raises(ValueError, match="got one that has them already"):
         Troika(encoder, SPACE)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"official": "no"}, "`official` to be a bool, got str"),
+        ({"checkpoint": 1}, "`checkpoint` to be a bool"),
+        ({"stays_in_eval": "yes"}, "`stays_in_eval` to be a bool"),
+        ({"fused_validation_loss": 3}, "`fused_validation_loss` to be a bool"),
+        ({"align_branches": None}, "`align_branches` to be a list of names, got None"),
+        ({"align_branches": "pairs"}, "`align_branches` to be a list of names, got 'pairs'"),
+        ({"loss_weights": 1}, "`loss_weights` to be a Sequence, got int"),
+        ({"init_weight": "much"}, "`init_weight` to be a number"),
+    ],
+)
+def test_options_of_another_kind_are_named(options, message):
+    with pytest.raises(TypeError, match=message):
+        build(**options)
+
+
+def test_one_image_is_no_batch_to_train_on(images):
+    with pytest.raises(ValueError, match="`images` to be at least two in training"):
+        build().train().loss(images[:1], PAIRS, torch.tensor([0]))
+
+
+def test_the_winner_and_so_the_primitives_depend_on_the_pairs_asked_for(images):
+    winner, each = (build(align=SparseAlignHead(include_cls=False), disentangle=name) for name in ("winner", "each"))
+    for troika, same in ((winner, False), (each, True)):
+        few, all_pairs = troika(images, PAIRS[:1]), troika(images, PAIRS)
+        assert torch.allclose(few.attributes, all_pairs.attributes, atol=1e-4) == same
+        torch.testing.assert_close(few.pairs, all_pairs.pairs[:, :1], atol=1e-4, rtol=0)

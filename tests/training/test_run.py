@@ -135,6 +135,8 @@ def test_the_first_stage_resumes_to_the_same_numbers(
     train_model(folder, dataset, options, ALIGNED, extra_epochs=1, trainer=flags)
     assert calls == [8]  # one epoch of three was run again, not two
     assert (folder / RECORD).read_bytes() == (aligned / RECORD).read_bytes()
+    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (folder, aligned)]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
     assert len(list(folder.glob("logs/*"))) == 2  # what the first attempt logged is kept
 
 
