@@ -1,6 +1,6 @@
 """Write the tables of the pages of results from the committed results: ``python docs/fill_tables.py``.
 
-A table stands between ``<!-- NAME -->`` and ``<!-- end -->``.
+A table, or one number in a line, stands between ``<!-- NAME -->`` and ``<!-- end -->``.
 """
 
 import json
@@ -20,6 +20,7 @@ RUNS = {
     "1": "imbalance-1.0",
     "0.5, short tower": "short-tower",
 }
+METHODS, IMBALANCES, ADDED_TO = ("clip", "coop", "csp", "troika"), ("0.5", "1.0"), ("csp", "troika")
 DIFFERENCES = [("2", "1"), ("2+", "1+"), ("3", "2+"), ("4", "3"), ("5", "4"), ("6", "5"), ("5", "1+"), ("6", "1+")]
 
 
@@ -99,6 +100,95 @@ def reasons_table() -> str:
         for row in study["rows"]
     ]
     return markdown(["", "AUC closed", "AUC open", "patches win", "RMG cls", "pred", "true"], cells)
+
+
+def comparison(method: str, imbalance: str) -> dict[str, Any]:
+    path = DOCS / "baseline_results" / f"{method}-{imbalance}" / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text())
+    return results
+
+
+def alignment_table() -> str:
+    cells = []
+    for method in METHODS:
+        for imbalance in IMBALANCES:
+            results = comparison(method, imbalance)
+            rows = {row["row"]: row["summary"]["standard"] for row in results["rows"]}
+            compared = {(c["row"], c["against"]): c["differences"]["standard"] for c in results["comparisons"]}
+            by_seed = len(results["config"]["seeds"]) > 1
+            cells.append(
+                [
+                    method,
+                    imbalance,
+                    *(percent(rows[name]["auc"]) for name in ("cls", "max", "topk")),
+                    *(
+                        interval(compared[name, "cls"]["auc"])
+                        if by_seed
+                        else f"{100 * (rows[name]['auc']['mean'] - rows['cls']['auc']['mean']):+.1f}"
+                        for name in ("max", "topk")
+                    ),
+                ]
+            )
+    return markdown(["", "imbalance", "cls", "max", "topk", "max - cls", "topk - cls"], cells)
+
+
+def published_table() -> str:
+    cells = []
+    for method in METHODS:
+        for imbalance in IMBALANCES:
+            rows = {row["row"]: row["summary"]["standard"] for row in comparison(method, imbalance)["rows"]}
+            for name in ("cls", "max"):
+                numbers = ("seen", "unseen", "harmonic_mean", "attr_accuracy", "obj_accuracy")
+                cells.append([method, imbalance, name, *(percent(rows[name][number]) for number in numbers)])
+    return markdown(["", "imbalance", "row", "S", "U", "HM", "attribute", "object"], cells)
+
+
+def additions_table() -> str:
+    cells = []
+    for row, base in (("probs", "max"), ("vac", "probs"), ("bank", "vac"), ("adapted", "bank")):
+        line = [row]
+        for method in ADDED_TO:
+            results = comparison(method, "0.5")
+            summary = next(item["summary"] for item in results["rows"] if item["row"] == row)
+            compared = {(c["row"], c["against"]): c["differences"]["standard"] for c in results["comparisons"]}
+            line += [percent(summary["standard"]["auc"]), interval(compared[row, base]["auc"])]
+        cells.append(line)
+    headings = [name for method in ADDED_TO for name in (f"{method}: AUC", "less the row before")]
+    return markdown(["row", *headings], cells)
+
+
+def seam_table() -> str:
+    cells = [
+        [
+            row["name"],
+            percent(row["validation_auc"]),
+            percent(row["test_auc"]),
+            *(interval(row["difference"][key]) if row["against"] else "" for key in ("validation_auc", "test_auc")),
+        ]
+        for row in benchmark("baseline_choices")["parts"]["seam"]["rows"]
+    ]
+    return markdown(["one option changed", "validation AUC", "test AUC", "difference, validation", "test"], cells)
+
+
+def quirk_effect(method: str, name: str) -> Callable[[], str]:
+    """The difference that a quirk makes to the AUC on test images, as text for a cell of the table of quirks."""
+
+    def effect() -> str:
+        rows = benchmark("baseline_choices")["parts"]["quirks"]["rows"]
+        row = next(row for row in rows if (row["method"], row["name"]) == (method, name))
+        return interval(row["difference"]["test_auc"])
+
+    return effect
+
+
+def zero_shot_effect(name: str, against: str) -> Callable[[], str]:
+    """The same of CLIP without training."""
+
+    def effect() -> str:
+        found = {row["name"]: row["test_auc"] for row in benchmark("baseline_choices")["parts"]["zero-shot"]["rows"]}
+        return f"{100 * (found[name] - found[against]):+.1f}"
+
+    return effect
 
 
 def maxsim_forward_table() -> str:
@@ -310,6 +400,25 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "patches": patches_table,
         "reasons": reasons_table,
     },
+    "baseline_results.md": {
+        "alignment": alignment_table,
+        "published": published_table,
+        "additions": additions_table,
+        "seam": seam_table,
+    },
+    "baselines.md": {
+        "patch_norm": quirk_effect("troika", "patch_norm: cumulative"),
+        "fusion": quirk_effect("troika", "fusion: logits"),
+        "text_chunk": quirk_effect("troika", "text_chunk: 64"),
+        "fused_validation_loss": quirk_effect("troika", "fused_validation_loss: True, epoch by loss"),
+        "stays_in_eval": quirk_effect("troika", "stays_in_eval: True"),
+        "official": quirk_effect("troika", "official: True"),
+        "half_logits": quirk_effect("csp", "half_logits: True"),
+        "half_logits of CLIP": zero_shot_effect("half_logits: True", "default"),
+        "dropout_at_evaluation": quirk_effect("csp", "dropout_at_evaluation: True"),
+        "enable_pos_emb": zero_shot_effect("enable_pos_emb: False", "default"),
+        "masking": zero_shot_effect("masking: official, threshold 0", "masking: clean, threshold 0"),
+    },
     "performance.md": {
         "maxsim-step": maxsim_step_table,
         "maxsim-forward": maxsim_forward_table,
@@ -331,8 +440,8 @@ def filled(page: str, text: str) -> str:
     """The text of a page with every table made anew."""
     for name, table in PAGES[page].items():
         text, count = re.subn(
-            rf"<!-- {name} -->\n.*?<!-- end -->",
-            lambda _, name=name, table=table: f"<!-- {name} -->\n{table()}\n<!-- end -->",
+            rf"(<!-- {name} -->(\n?)).*?<!-- end -->",
+            lambda match, table=table: f"{match[1]}{table()}{match[2]}<!-- end -->",
             text,
             flags=re.DOTALL,
         )
