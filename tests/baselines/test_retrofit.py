@@ -140,3 +140,17 @@ def test_condenser_and_bank_learn_beside_the_frozen_model(page):
     expected = 0.25 * aligned.softmax(dim=1) + 0.75 * (logits.softmax(dim=1) + 2 * memory)
     torch.testing.assert_close(scores, expected)
     assert not scores.requires_grad
+
+
+def test_tokens_and_texts_of_a_clip_in_float16_will_do(page):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 5, 64, generator=generator).half()
+    texts = F.normalize(torch.randn(4, 64, generator=generator), dim=1).half()
+    condenser, bank, targets = VACondenser(64), DynamicMemoryBank(4, 64), torch.tensor([0, 1, 2])
+    aligned = page["align"](tokens, texts) * 100
+    page["condenser_loss"](condenser, tokens, texts, targets, aligned).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in condenser.parameters())
+    page["fill"](bank, condenser, tokens, texts)
+    scores = page["fused_scores"](bank, condenser, tokens, texts, aligned)
+    wide = page["fused_scores"](bank, condenser, tokens.float(), texts.float(), aligned.float())
+    torch.testing.assert_close(scores.float(), wide, atol=2e-3, rtol=0)
