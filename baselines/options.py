@@ -193,6 +193,8 @@ def configure(
     if quick:
         fewer = {"condense_epochs": QUICK_EPOCHS} | ({"epochs": QUICK_EPOCHS} if chosen.epochs else {})
         chosen, sources = load_options(method, preset, {**fewer, **(options or {})})
+    if isinstance(add, str) or not isinstance(add, Sequence):
+        raise TypeError(f"expected `add` to be a list of vac and bank, got {add!r}")
     for name in add:
         check_choice("add", name, get_args(Addition))
     if "bank" in add and "vac" not in add:

@@ -169,3 +169,15 @@ def test_options_out_of_range_are_named(name, wrong):
         Options(**{name: wrong})
     with pytest.raises(TypeError, match="`include_cls` to be a bool"):
         Options(include_cls=1)
+
+
+def test_additions_come_from_the_command_line_and_from_a_file(tmp_path):
+    from baselines.__main__ import _parser
+
+    (tmp_path / "settings.yaml").write_text("method: csp\nadd: [vac, bank]\n")
+    commands = (f"--config={tmp_path / 'settings.yaml'}",), ("--method=csp", "--add=vac", "--add", "bank")
+    for command in commands:
+        assert _parser().parse_args(["ablate", *command])["ablate"]["add"] == ["vac", "bank"]
+    assert _parser().parse_args(["ablate", "--method=csp"])["ablate"]["add"] == []
+    with pytest.raises(TypeError, match="`add` to be a list of vac and bank, got 'vac'"):
+        configure("csp", add="vac")
