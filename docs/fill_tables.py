@@ -191,6 +191,19 @@ def zero_shot_effect(name: str, against: str) -> Callable[[], str]:
     return effect
 
 
+def troika_memory_table() -> str:
+    cells = [
+        [
+            row["disentangle"],
+            "yes" if row["checkpoint"] else "no",
+            f"{row['weights_gb']:.1f}",
+            f"{row['peak_gb']:.1f}",
+        ]
+        for row in benchmark("troika_memory-cpu")["rows"]
+    ]
+    return markdown(["disentangle", "checkpoint", "weights, GB", "peak of a step beyond them, GB"], cells)
+
+
 def maxsim_forward_table() -> str:
     cells = []
     for row in benchmark("maxsim-cpu")["rows"]:
@@ -407,6 +420,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "seam": seam_table,
     },
     "baselines.md": {
+        "memory": troika_memory_table,
         "patch_norm": quirk_effect("troika", "patch_norm: cumulative"),
         "fusion": quirk_effect("troika", "fusion: logits"),
         "text_chunk": quirk_effect("troika", "text_chunk: 64"),
