@@ -1,4 +1,4 @@
-"""Baselines, one method a file, behind one list: a fifth is a file and a line."""
+"""Baselines, one method a file, behind one list: another is a file, a preset and a line."""
 
 from __future__ import annotations
 

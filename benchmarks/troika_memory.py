@@ -8,13 +8,15 @@ included, with and without running the blocks of both towers again. On a GPU if 
 from __future__ import annotations
 
 import gc
+import json
 from itertools import product
+from typing import Any
 
 import torch
 
 from baselines.options import load_options
 from baselines.troika import Troika
-from benchmarks.measure import peak_memory, write_results
+from benchmarks.measure import RESULTS, peak_memory, write_results
 from benchmarks.whole_steps import SEED, SIZES, draw_space
 from czsl_heads import SparseAlignHead, wrap
 
@@ -41,6 +43,14 @@ def step_bytes(device: str, *, checkpoint: bool, disentangle: str, scale: float 
     return {"weights_gb": weights / 2**30, "peak_gb": peak / 2**30, "trained_parameters": trained}
 
 
+def kept_rows(device: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of other choices that were measured before, and these."""
+    path = RESULTS / f"troika_memory-{device}.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    measured = [row["checkpoint"] for row in rows]
+    return [row for row in before if row["checkpoint"] not in measured] + rows
+
+
 if __name__ == "__main__":
     from jsonargparse import ArgumentParser
 
@@ -56,4 +66,4 @@ if __name__ == "__main__":
         rows.append({"device": where, **choices, **step_bytes(where, scale=asked.scale, **choices)})
         print(rows[-1], flush=True)
     if asked.scale == 1:
-        write_results(f"troika_memory-{where}", QUESTION, SEED, {"rows": rows})
+        write_results(f"troika_memory-{where}", QUESTION, SEED, {"rows": kept_rows(where, rows)})

@@ -1,4 +1,4 @@
-"""What every baseline of the list does, on the embedded CLIP: a fifth one is tested by its line there."""
+"""What every baseline of the list does, on the embedded CLIP: another is tested by its line there."""
 
 import doctest
 import importlib
