@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from baselines.method import Align, Method, Seam
 from baselines.official import read_clip, read_vocabulary
-from baselines.prompts import check_pairs
 from czsl_heads import CompositionSpace
 from czsl_heads._checks import check_kind
-from czsl_heads.encoders.protocol import Encoder, check_encoder
+from czsl_heads.encoders.protocol import Encoder
+from czsl_heads.models.method import Align, PairMethod
+from czsl_heads.prompts.soft import TextFeatures, check_pairs
 from czsl_heads.space import clean_name
 
 _ROWS = 1024  # sentences encoded at once
 
 
-class CLIP(Method):
+class CLIP(PairMethod):
     r"""Zero-shot CLIP on pairs.
 
     .. math:: \ell(x, (a, o)) = \tau \cos(v(x), t(\text{a photo of } a \, o))
@@ -62,27 +62,24 @@ class CLIP(Method):
         official: bool = False,
         half_logits: bool = False,
     ) -> None:
-        super().__init__()
-        check_encoder("encoder", encoder)
-        check_kind("space", space, CompositionSpace)
+        super().__init__(encoder, space, align=align, half_logits=half_logits)
         check_kind("context", context, str)
         check_kind("official", official, bool)
-        self.encoder, self.context = encoder, context
-        self.attributes, self.objects = space.attributes, space.objects
-        self.seam = Seam(align, half_logits=half_logits)
+        self.context = context
 
     def sentence(self, pair: Sequence[int]) -> str:
         """What is said of a pair (attribute index, object index)."""
-        attribute, obj = clean_name(self.attributes[pair[0]]), clean_name(self.objects[pair[1]])
+        attribute = clean_name(self.space.attributes[pair[0]])
+        obj = clean_name(self.space.objects[pair[1]])
         return f"{self.context} {attribute} {obj}".strip()
 
-    def texts(self, pairs: Tensor) -> Tensor:
-        """Unit text features of pairs ``[K, dim]``: once for a whole evaluation."""
-        check_pairs(pairs, len(self.attributes), len(self.objects))
+    def texts(self, pairs: Tensor) -> TextFeatures:
+        check_pairs(pairs, len(self.space.attributes), len(self.space.objects))
         features = [
             self.encoder.encode_texts([self.sentence(pair) for pair in chunk.tolist()]) for chunk in pairs.split(_ROWS)
         ]
-        return F.normalize(torch.cat(features), dim=-1)
+        of_pairs = F.normalize(torch.cat(features), dim=-1)
+        return TextFeatures(of_pairs, of_pairs[:0], of_pairs[:0])
 
     @classmethod
     def from_official(

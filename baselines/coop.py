@@ -7,16 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from baselines.method import Align, Method, Seam
 from baselines.official import check_context, check_table, read_clip, read_vocabulary
-from baselines.prompts import PairPrompts
 from czsl_heads import CompositionSpace
 from czsl_heads._checks import check_kind
 from czsl_heads.encoders.protocol import Encoder
-from czsl_heads.prompts.soft import Encode
+from czsl_heads.models.method import Align, PairMethod
+from czsl_heads.prompts.soft import Encode, SoftPrompts, TextFeatures
 
 
-class CoOp(Method):
+class CoOp(PairMethod):
     r"""Context optimisation: "[v_1] ... [v_n] attribute object" with a learned context before frozen words.
 
     .. math:: \ell(x, (a, o)) = \tau \cos(v(x), t(\theta_1 \dots \theta_n \, e_a e_o))
@@ -62,23 +61,21 @@ class CoOp(Method):
         encode: Encode | None = None,
         checkpoint: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(encoder, space, align=align, half_logits=half_logits)
         check_kind("official", official, bool)
-        self.encoder = encoder
-        self.prompts = PairPrompts(
+        self.prompts = SoftPrompts(
             encoder,
             space,
+            span="pairs",
             context=context,
             primitives=primitives,
             encode=encode or ("plain" if official else "auto"),
             checkpoint=checkpoint,
         )
         self.prompts.primitives.requires_grad_(False)
-        self.seam = Seam(align, half_logits=half_logits)
 
-    def texts(self, pairs: Tensor) -> Tensor:
-        """Unit text features of pairs ``[K, dim]``: once for a whole evaluation, anew at each step of training."""
-        return self.prompts.texts(pairs).pairs
+    def texts(self, pairs: Tensor) -> TextFeatures:
+        return self.prompts.texts(pairs)
 
     @classmethod
     def from_official(

@@ -7,16 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from baselines.method import Align, Method, Seam
 from baselines.official import check_table, read_clip, read_vocabulary
-from baselines.prompts import PairPrompts
 from czsl_heads import CompositionSpace
 from czsl_heads._checks import check_kind
 from czsl_heads.encoders.protocol import Encoder
-from czsl_heads.prompts.soft import Encode
+from czsl_heads.models.method import Align, PairMethod
+from czsl_heads.prompts.soft import Encode, SoftPrompts, TextFeatures
 
 
-class CSP(Method):
+class CSP(PairMethod):
     r"""Compositional soft prompts: "a photo of [attribute] [object]" with one learned vector a primitive.
 
     .. math:: \ell(x, (a, o)) = \tau \cos(v(x), t(\text{a photo of } \theta_a \theta_o))
@@ -67,12 +66,12 @@ class CSP(Method):
         encode: Encode | None = None,
         checkpoint: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(encoder, space, align=align, half_logits=half_logits)
         check_kind("official", official, bool)
-        self.encoder = encoder
-        self.prompts = PairPrompts(
+        self.prompts = SoftPrompts(
             encoder,
             space,
+            span="pairs",
             context=context,
             primitives=primitives,
             dropout=dropout,
@@ -81,11 +80,9 @@ class CSP(Method):
             dropout_at_evaluation=dropout_at_evaluation,
         )
         self.prompts.pair_context.requires_grad_(False)
-        self.seam = Seam(align, half_logits=half_logits)
 
-    def texts(self, pairs: Tensor) -> Tensor:
-        """Unit text features of pairs ``[K, dim]``: once for a whole evaluation, anew at each step of training."""
-        return self.prompts.texts(pairs).pairs
+    def texts(self, pairs: Tensor) -> TextFeatures:
+        return self.prompts.texts(pairs)
 
     @classmethod
     def from_official(

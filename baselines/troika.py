@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
-from baselines.method import Align, Method, Seam, check_targets
 from baselines.official import (
     check_context,
     check_state,
@@ -22,7 +21,6 @@ from baselines.official import (
     read_clip,
     read_vocabulary,
 )
-from baselines.prompts import PairPrompts
 from czsl_heads import CompositionSpace
 from czsl_heads._checks import check_choice, check_integer, check_kind, check_range
 from czsl_heads.adapters.bottleneck import AdaptedBlock, add_bottlenecks
@@ -30,7 +28,8 @@ from czsl_heads.encoders.protocol import Encoder
 from czsl_heads.functional.fusion import combine
 from czsl_heads.functional.maxsim import maxsim
 from czsl_heads.functional.precision import score_dtype
-from czsl_heads.prompts.soft import Encode, TextFeatures
+from czsl_heads.models.method import Align, Logits, Method, cross_entropies
+from czsl_heads.prompts.soft import Encode, SoftPrompts, TextFeatures
 
 PatchNorm = Literal["fresh", "cumulative"]
 Fusion = Literal["probs", "logits"]
@@ -38,14 +37,6 @@ Branch = Literal["pairs", "attributes", "objects"]
 Weights = tuple[float, float, float]
 BRANCHES: tuple[Branch, ...] = ("pairs", "attributes", "objects")
 _ROWS = 16384  # images x texts that traction works on at once
-
-
-class TroikaLogits(NamedTuple):
-    """Logits of the three branches: ``pairs`` [batch, K], ``attributes`` [batch, A], ``objects`` [batch, O]."""
-
-    pairs: Tensor
-    attributes: Tensor
-    objects: Tensor
 
 
 class Quirks(NamedTuple):
@@ -226,7 +217,7 @@ class Troika(Method):
         checkpoint: Keep no activations of the blocks of both towers in training but run them again.
 
     Shape:
-        images [batch, 3, height, width], pairs [K, 2] long (attribute index, object index); to :class:`TroikaLogits`.
+        images [batch, 3, height, width], pairs [K, 2] long (attribute index, object index); to :class:`Logits`.
 
     Raises:
         TypeError, ValueError: An argument is of another kind, shape or range, or pairs name no primitives.
@@ -274,7 +265,7 @@ class Troika(Method):
         encode: Encode | None = None,
         checkpoint: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(encoder, space, align=align)
         asked = (patch_norm, fusion, text_chunk, fused_validation_loss, stays_in_eval)
         named: Any = {name: value for name, value in zip(Quirks._fields, asked) if value is not None}
         self.quirks = (OFFICIAL if official else Quirks())._replace(**named)
@@ -288,10 +279,9 @@ class Troika(Method):
         self.align_branches, self.align_tokens, self.disentangle = tuple(align_branches), align_tokens, disentangle
         self.traction_chunk, self.loss_weights, self.inference_weights = traction_chunk, loss_weights, inference_weights
         self._check_options()
-        self.prompts = PairPrompts(
+        self.prompts = SoftPrompts(
             encoder,
             space,
-            span="all",
             context=context,
             primitives=primitives,
             dropout=dropout,
@@ -302,13 +292,11 @@ class Troika(Method):
         self.attribute_disentangler = Disentangler(encoder.dim, **views)  # type: ignore[arg-type]
         self.object_disentangler = Disentangler(encoder.dim, **views)  # type: ignore[arg-type]
         self.traction = Traction(encoder.dim, layers, init=init_weight, dropout=traction_dropout)
-        self.seam = Seam(align)
         self.checkpoint, self._was_trained = checkpoint, False
         add_bottlenecks(encoder, dim=adapter_dim, dropout=adapter_dropout)  # last: it changes what was passed in
-        self.encoder = encoder
 
     def texts(self, pairs: Tensor) -> TextFeatures:
-        """Unit text features before traction: once for a whole evaluation, anew at each step of training."""
+        """Unit text features before traction."""
         return self.prompts.texts(pairs)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -316,15 +304,14 @@ class Troika(Method):
             return self.encoder.encode_tokens(images, checkpoint=True)
         return super().encode(images)  # so that an encoder that knows no checkpoints will do
 
-    def compare(self, tokens: Tensor, texts: TextFeatures, *vectors: Tensor) -> list[TroikaLogits]:
+    def compare(self, tokens: Tensor, texts: TextFeatures, *vectors: Tensor) -> list[Logits]:
         """Logits of all branches, of the tokens and of each vector, which takes the length of [CLS], too.
 
         The tokens are what texts are drawn to.
         """
         normed = self._normed(tokens)
         seen = [self._seen(branch, tokens, rows) for branch, rows in zip(BRANCHES, normed)]
-        length = tokens[:, :1].norm(dim=-1, keepdim=True)  # at which the disentanglers know what they see
-        single = [length * F.normalize(vector, dim=-1)[:, None] for vector in vectors]
+        single = self._as_long_as_cls(tokens, vectors)
         of_pairs = self._branch([seen[0], *single], normed[0], texts.pairs)
         if self.disentangle == "winner" and max(rows.shape[1] for rows in seen[1:]) > 1:
             winner = self._winner(of_pairs[0], tokens, normed[0], texts.pairs)
@@ -335,18 +322,34 @@ class Troika(Method):
         )
         of_attributes = self._branch(attributes, normed[1], texts.attributes)
         of_objects = self._branch(objects, normed[2], texts.objects)
-        return [TroikaLogits(*logits) for logits in zip(of_pairs, of_attributes, of_objects)]
+        return [Logits(*logits) for logits in zip(of_pairs, of_attributes, of_objects)]
 
-    def fuse(self, logits: TroikaLogits, pairs: Tensor) -> Tensor:
+    def classify(self, tokens: Tensor, texts: TextFeatures, *vectors: Tensor) -> list[Logits]:
+        """What :meth:`compare` says of the vectors, without comparing the tokens, which texts are drawn to."""
+        single = self._as_long_as_cls(tokens, vectors)
+        attributes, objects = (
+            [disentangler(view) for view in single]
+            for disentangler in (self.attribute_disentangler, self.object_disentangler)
+        )
+        branches = map(self._branch, (single, attributes, objects), self._normed(tokens), texts)
+        return [Logits(*logits) for logits in zip(*branches)]
+
+    @staticmethod
+    def _as_long_as_cls(tokens: Tensor, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Vectors ``[batch, 1, dim]`` of the length of [CLS], at which the disentanglers know what they see."""
+        length = tokens[:, :1].norm(dim=-1, keepdim=True)
+        return [length * F.normalize(vector, dim=-1)[:, None] for vector in vectors]
+
+    def fuse(self, logits: Logits, pairs: Tensor) -> Tensor:
         """One score a pair from the logits of all branches: :math:`w_p p(a, o) + w_a p(a) \\, w_o p(o)`."""
         if self.quirks.fusion == "probs":
             return self.probabilities(logits, pairs)
         return self._fused(logits.pairs, logits, pairs)
 
-    def probabilities(self, logits: TroikaLogits, pairs: Tensor) -> Tensor:
+    def probabilities(self, logits: Logits, pairs: Tensor) -> Tensor:
         return self._fused(logits.pairs.softmax(dim=1), logits, pairs)
 
-    def _fused(self, of_pairs: Tensor, logits: TroikaLogits, pairs: Tensor) -> Tensor:
+    def _fused(self, of_pairs: Tensor, logits: Logits, pairs: Tensor) -> Tensor:
         pair_weight, attr_weight, obj_weight = self.inference_weights
         of_attributes = self._weighted(logits.attributes, attr_weight, self._copies(pairs))
         of_objects = self._weighted(logits.objects, obj_weight, self._copies(pairs))
@@ -356,28 +359,18 @@ class Troika(Method):
     def _weighted(logits: Tensor, weight: float, copies: int) -> Tensor:
         return logits.softmax(dim=1) * (weight / copies) if weight else torch.ones_like(logits)
 
-    def loss_of(self, logits: TroikaLogits, pairs: Tensor, targets: Tensor) -> Tensor:
-        """Weighted cross-entropies of the branches."""
-        attributes, objects = pairs.to(targets.device)[targets].unbind(dim=1)
-        terms = map(F.cross_entropy, logits, (targets, attributes, objects))
-        return torch.stack([weight * term for weight, term in zip(self.loss_weights, terms)]).sum()
+    def losses(self, logits: Logits, pairs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Cross-entropies of the branches, and their weighted sum."""
+        terms = cross_entropies(logits, pairs, targets)
+        weighted = [weight * term for weight, term in zip(self.loss_weights, terms.values())]
+        return terms | {"loss": torch.stack(weighted).sum()}
 
-    def pair_texts(self, texts: TextFeatures) -> Tensor:
-        check_kind("texts", texts, TextFeatures)
-        return texts.pairs
-
-    def pair_logits(self, logits: TroikaLogits) -> Tensor:
-        return logits.pairs
-
-    def validation_loss(
-        self, images: Tensor, pairs: Tensor, targets: Tensor, texts: TextFeatures | None = None
-    ) -> Tensor:
-        """:meth:`loss`, or what the released evaluation calls so (``fused_validation_loss``, ``text_chunk``)."""
-        check_targets(targets, images, pairs)
-        logits: TroikaLogits = self(images, pairs, texts)
+    def validation_losses(self, logits: Logits, pairs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """:meth:`losses`, or what the released evaluation calls so (``fused_validation_loss``, ``text_chunk``)."""
         if self.quirks.fused_validation_loss:
             logits = logits._replace(pairs=self.fuse(logits, pairs))
-        return self.loss_of(logits, pairs, targets) + math.log(self._copies(pairs)) * sum(self.loss_weights[1:])
+        found = self.losses(logits, pairs, targets)
+        return found | {"loss": found["loss"] + math.log(self._copies(pairs)) * sum(self.loss_weights[1:])}
 
     def train(self, mode: bool = True) -> Troika:
         """As in torch, but for ``stays_in_eval``."""

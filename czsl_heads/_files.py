@@ -40,3 +40,8 @@ def write_json(path: Path, content: Any) -> Any:
     # A string that looks like a list of numbers stays as it is.
     write_text(path, (compact if json.loads(compact) == read else text) + "\n")
     return read
+
+
+def read_json(path: Path) -> Any:
+    """What :func:`write_json` wrote; UTF-8 whatever the locale."""
+    return json.loads(path.read_text(encoding="utf-8"))

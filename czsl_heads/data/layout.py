@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -173,6 +174,12 @@ def read_dataset(
 def layout_files(root: Path, split: str = SPLIT_NAME) -> list[Path]:
     """The files that say what the data set holds: metadata, then the pairs of train, val and test."""
     return [root / f"metadata_{split}.t7", *(root / split / f"{name}_pairs.txt" for name in SPLITS)]
+
+
+def labels_digest(root: Path, split: str = SPLIT_NAME) -> str:
+    """SHA-256 of the files that say what the data set holds; the images are not read."""
+    content = b"".join(path.read_bytes() for path in layout_files(root, split))
+    return hashlib.sha256(content).hexdigest()
 
 
 def _read_splits(root: Path, split: str, allow_untrained: bool) -> dict[str, list[NamedPair]]:

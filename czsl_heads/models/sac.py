@@ -1,25 +1,87 @@
-"""SAC, the reference pipeline as one module: a wrapped CLIP, soft prompts, and heads that compare the two."""
+"""SAC: its stage I as a method, and the whole reference pipeline under the paper's words."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from czsl_heads._checks import check_choice, check_kind, check_range, check_shapes, check_tensor
+from czsl_heads._checks import check_choice, check_kind, check_shapes, check_tensor
 from czsl_heads.encoders.protocol import Encoder
-from czsl_heads.functional.distill import Direction, distillation
+from czsl_heads.functional.distill import Direction
 from czsl_heads.functional.fusion import combine, fuse
 from czsl_heads.heads.condenser import VACondenser
 from czsl_heads.heads.memory_bank import DynamicMemoryBank
 from czsl_heads.heads.sparse_align import SparseAlignHead
+from czsl_heads.models.condensed import CondensedLogits, add_losses, check_weights, condenser_losses
+from czsl_heads.models.method import Align, Logits, Method
 from czsl_heads.prompts.soft import SoftPrompts, TextFeatures
 from czsl_heads.space import CompositionSpace
 
 Fusion = Literal["probs", "logits"]
-TrainStage = Literal["align", "condense", "joint"]
+Stage = Literal["align", "condense", "joint"]
+
+
+class Aligned(Method):
+    """Stage I of SAC: soft prompts of pairs, attributes and objects, compared with the tokens of an image.
+
+    Args:
+        encoder: A wrapped CLIP, with or without adapters.
+        space: Gives the primitives.
+        align: How tokens meet texts; default: a :class:`~czsl_heads.SparseAlignHead`. ``"cls"`` is the baseline.
+        context, dropout: Of :class:`~czsl_heads.SoftPrompts`.
+        fusion: ``"probs"`` ranks a pair by p(pair) + p(attribute) p(object), as the paper prints it; ``"logits"`` by the
+            pair's logit plus that product, as Troika's released code does.
+        checkpoint: Keep no activations of the towers' blocks in training but run them again in the backward pass: the
+            same numbers for less memory and one forward pass more. The encoder itself is not changed by it.
+
+    Shape:
+        images [batch, 3, height, width], pairs [K, 2] long; to :class:`~czsl_heads.models.method.Logits`.
+
+    Raises:
+        TypeError, ValueError: An option is unknown or out of range.
+
+    Example:
+        >>> import torch
+        >>> from czsl_heads import CompositionSpace, wrap
+        >>> space = CompositionSpace(["red", "blue"], ["circle"], seen=[("red", "circle")])
+        >>> Aligned(wrap("tiny"), space)(torch.zeros(3, 3, 48, 48), space.pairs).attributes.shape
+        torch.Size([3, 2])
+
+    References:
+        Zhang et al., SAM, CVPR 2026 (circulated as SAC): Eqs. 1-4 and 13.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        space: CompositionSpace,
+        *,
+        align: Align | None = None,
+        context: str = "a photo of",
+        dropout: float = 0.0,
+        fusion: Fusion = "probs",
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__(encoder, space, align=SparseAlignHead() if align is None else align)
+        check_kind("checkpoint", checkpoint, bool)
+        check_choice("fusion", fusion, ("probs", "logits"))
+        self.prompts = SoftPrompts(encoder, space, context=context, dropout=dropout, checkpoint=checkpoint)
+        self.fusion, self.checkpoint = fusion, checkpoint
+
+    def texts(self, pairs: Tensor) -> TextFeatures:
+        return self.prompts.texts(pairs)
+
+    def encode(self, images: Tensor) -> Any:
+        if self.checkpoint:
+            return self.encoder.encode_tokens(images, checkpoint=True)
+        return super().encode(images)  # so that an encoder that knows no checkpoints will do
+
+    def fuse(self, logits: Logits, pairs: Tensor) -> Tensor:
+        if self.fusion == "probs":
+            return self.probabilities(logits, pairs)
+        return combine(logits.pairs, logits.attributes.softmax(dim=1), logits.objects.softmax(dim=1), pairs)
 
 
 class SpaceTexts(NamedTuple):
@@ -27,14 +89,6 @@ class SpaceTexts(NamedTuple):
 
     space: CompositionSpace
     features: TextFeatures
-
-
-class BranchLogits(NamedTuple):
-    """Logits of one branch: ``pairs`` [batch, P], ``attrs`` [batch, A], ``objs`` [batch, O]."""
-
-    pairs: Tensor
-    attrs: Tensor
-    objs: Tensor
 
 
 class SACOutput(NamedTuple):
@@ -47,44 +101,44 @@ class SACOutput(NamedTuple):
         features: What the condenser makes of the tokens, unit rows ``[batch, dim]``; None without a condenser.
         vac: Logits of the condenser branch; None without a condenser.
         bank: Logits of the memory bank ``[batch, P]``; None without one, or in another label space than the bank's.
-        scores: One score a pair ``[batch, P]``, for ranking: Eq. 13 of the alignment branch, or Eq. 12 of all.
+        scores: One score a pair ``[batch, P]``, for ranking: those of the alignment branch, or Eq. 12 of all.
     """
 
     space: CompositionSpace
     tokens: Tensor
-    sa: BranchLogits
+    sa: Logits
     features: Tensor | None
-    vac: BranchLogits | None
+    vac: Logits | None
     bank: Tensor | None
     scores: Tensor
 
 
 class SAC(nn.Module):
-    """Compositional recognition by aligning the tokens of an image with soft prompts.
+    """Compositional recognition by aligning the tokens of an image with soft prompts, under the paper's words.
+
+    It has the arithmetic of :class:`~czsl_heads.models.condensed.Condensed` behind :class:`Aligned`, which is what the
+    commands train.
 
     Args:
         encoder: A wrapped CLIP, with or without adapters.
         space: Gives the primitives, and the label space of the bank; spaces for training and evaluation are passed to
             :meth:`texts`.
-        head: How tokens meet texts; ``SparseAlignHead("cls")`` is the baseline. Its ``logit_scale`` is taken as it is.
-            Default: ``SparseAlignHead()`` with the encoder's scale.
+        head: How tokens meet texts; ``SparseAlignHead("cls")`` is the baseline. Logits have the encoder's scale.
+            Default: ``SparseAlignHead()``.
         condenser: Gathers the tokens to one vector (VAC). ``True``: a new ``VACondenser(encoder.dim)``; ``False``:
             none, and no bank: the alignment branch alone.
         bank: Classifies that vector among those that it remembers; over the pairs of ``space``. ``True``: a new
             :class:`~czsl_heads.DynamicMemoryBank` with the encoder's scale; ``False``: none.
         context, prompt_dropout: Of :class:`~czsl_heads.SoftPrompts`.
-        fusion: ``"probs"`` scores a pair by p(pair) + p(attribute) p(object), as the paper prints it; ``"logits"`` by
-            the pair's logit plus that product, as Troika's released code does. The bank then gives logits too.
+        fusion, checkpoint: Of :class:`Aligned`. With a condenser, the scores of its branches are probabilities.
         alpha: Weight of the distillation from the alignment branch in the condenser's loss, in [0, 1].
         beta: Weight of the alignment branch against condenser and bank in the scores, in [0, 1].
         gamma: Weight of the bank beside the condenser in the scores, at least 0.
         direction: Of the :func:`~czsl_heads.functional.distillation`.
-        checkpoint: Keep no activations of the towers' blocks in training but run them again in the backward pass: the
-            same numbers for less memory and one forward pass more. The encoder itself is not changed by it.
 
     Raises:
-        TypeError, ValueError: An option is unknown or out of range; a bank without a condenser, of another number of
-            pairs, or one that masks empty rows although logits are added.
+        TypeError, ValueError: An option is unknown or out of range; a bank without a condenser, or of another number of
+            pairs.
 
     Example:
         >>> import torch
@@ -105,7 +159,7 @@ class SAC(nn.Module):
         encoder: Encoder,
         space: CompositionSpace,
         *,
-        head: nn.Module | None = None,
+        head: SparseAlignHead | None = None,
         condenser: VACondenser | bool = True,
         bank: DynamicMemoryBank | bool = True,
         context: str = "a photo of",
@@ -118,27 +172,25 @@ class SAC(nn.Module):
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        check_kind("checkpoint", checkpoint, bool)
-        check_choice("fusion", fusion, ("probs", "logits"))
-        check_range("alpha", alpha, 0, 1)
-        check_range("beta", beta, 0, 1)
-        check_range("gamma", gamma, 0)
-        check_choice("direction", direction, ("reverse", "forward"))
-        self.encoder, self.checkpoint = encoder, checkpoint
-        self.prompts = SoftPrompts(encoder, space, context=context, dropout=prompt_dropout, checkpoint=checkpoint)
-        self.head = SparseAlignHead(logit_scale=encoder.logit_scale) if head is None else head
+        check_weights(alpha=alpha, beta=beta, gamma=gamma, direction=direction)
+        method = Aligned(
+            encoder, space, align=head, context=context, dropout=prompt_dropout, fusion=fusion, checkpoint=checkpoint
+        )
+        self._method = (method,)  # in a tuple: its parts stand here under their own names
+        self.encoder, self.prompts, self.head = encoder, method.prompts, method.seam.head
         made = VACondenser(encoder.dim) if condenser is True else condenser
         self.condenser = made if isinstance(made, VACondenser) else None
-        self.condensed_head = SparseAlignHead("cls", logit_scale=encoder.logit_scale)  # its one vector is the [CLS]
-        self.fusion, self.alpha, self.beta, self.gamma, self.direction = fusion, alpha, beta, gamma, direction
-        if isinstance(bank, bool):
-            self.use_bank(self._new_bank(space) if bank and self.condenser is not None else None, space)
+        self.alpha, self.beta, self.gamma, self.direction = alpha, beta, gamma, direction
+        if bank is True:
+            bank = DynamicMemoryBank(len(space), encoder.dim, logit_scale=encoder.logit_scale)
+            self.use_bank(bank if self.condenser is not None else None, space)
         else:
-            self.use_bank(bank, space)
+            self.use_bank(bank or None, space)
 
-    def _new_bank(self, space: CompositionSpace) -> DynamicMemoryBank:
-        scale, empty = self.condensed_head.logit_scale, "zero" if self.fusion == "logits" else "mask"
-        return DynamicMemoryBank(len(space), self.encoder.dim, logit_scale=scale, empty=empty)  # type: ignore[arg-type]
+    @property
+    def method(self) -> Aligned:
+        """The alignment branch by itself."""
+        return self._method[0]
 
     def use_bank(self, bank: DynamicMemoryBank | None, space: CompositionSpace) -> None:
         """Take another memory bank, over the pairs of ``space``; None takes it away. Errors as in the constructor."""
@@ -147,8 +199,6 @@ class SAC(nn.Module):
                 raise ValueError("expected `bank` with a condenser, whose vectors it remembers, got no condenser")
             if bank.num_pairs != len(space):
                 raise ValueError(f"expected `bank` over the {len(space)} pairs of the space, got {bank.num_pairs}")
-            if self.fusion == "logits" and bank.empty != "zero":
-                raise ValueError(f'expected `bank` with empty="zero" where logits are added, got "{bank.empty}"')
         self.bank, self.bank_space = bank, space
 
     def texts(self, space: CompositionSpace) -> SpaceTexts:
@@ -161,51 +211,35 @@ class SAC(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens ``[batch, tokens, dim]`` of images, by the encoder."""
-        if self.checkpoint:
-            return self.encoder.encode_tokens(images, checkpoint=True)
-        return self.encoder.encode_tokens(images)  # so that an encoder that knows no checkpoints will do
+        tokens: Tensor = self.method.encode(images)
+        return tokens
 
-    def compare(self, tokens: Tensor, texts: SpaceTexts, *, sa: BranchLogits | None = None) -> SACOutput:
+    def compare(self, tokens: Tensor, texts: SpaceTexts, *, sa: Logits | None = None) -> SACOutput:
         """:meth:`forward` from encoded tokens, for images that are compared more than once.
 
         Args:
             tokens: Projected tokens ``[batch, tokens, dim]``.
             texts: Of :meth:`texts`.
-            sa: What :meth:`align` gave for these, where it is known already.
+            sa: Logits of the alignment branch for these, where they are known already.
         """
-        sa = self.align(tokens, texts) if sa is None else sa
-        features = vac = bank = None
-        scores = self.pair_scores(sa, texts.space)
-        if self.condenser is not None:
-            features = self.condenser(tokens)
-            vac = self.classify(features, texts)
-            if self.bank is not None and self._is_of_bank(texts.space):
-                bank = self.bank(features)
-            memory = None if bank is None else self.bank_scores(bank)
-            gamma = 0.0 if bank is None else self.gamma
-            scores = fuse(scores, self.pair_scores(vac, texts.space), memory, beta=self.beta, gamma=gamma)
-        return SACOutput(texts.space, tokens, sa, features, vac, bank, scores)
+        method, (space, texts_of) = self.method, texts
+        pairs = space.pairs_on(tokens.device)
+        if sa is None:
+            (sa,) = method.compare(tokens, texts_of)
+        if self.condenser is None:
+            return SACOutput(space, tokens, sa, None, None, None, method.fuse(sa, pairs))
+
+        features = self.condenser(tokens)
+        (vac,) = method.classify(tokens, texts_of, features)
+        bank = self.bank(features) if self.bank is not None and self._is_of_bank(space) else None
+        memory = None if bank is None else bank.softmax(dim=1)
+        gamma = 0.0 if bank is None else self.gamma
+        branches = method.probabilities(sa, pairs), method.probabilities(vac, pairs)
+        scores = fuse(*branches, memory, beta=self.beta, gamma=gamma)
+        return SACOutput(space, tokens, sa, features, vac, bank, scores)
 
     def _is_of_bank(self, space: CompositionSpace) -> bool:
         return space is self.bank_space or space == self.bank_space  # the first is cheap in the open world
-
-    def align(self, tokens: Tensor, texts: SpaceTexts) -> BranchLogits:
-        """Logits of the alignment branch."""
-        return BranchLogits(*(self.head(tokens, features) for features in texts.features))
-
-    def classify(self, features: Tensor, texts: SpaceTexts) -> BranchLogits:
-        """Logits of what the condenser gathered, unit rows ``[batch, dim]``."""
-        return BranchLogits(*(self.condensed_head(features[:, None], rows) for rows in texts.features))
-
-    def pair_scores(self, logits: BranchLogits, space: CompositionSpace) -> Tensor:
-        """One branch's scores of the pairs ``[batch, P]`` (Eq. 13)."""
-        pairs = logits.pairs.softmax(dim=1) if self.fusion == "probs" else logits.pairs
-        attrs, objs = logits.attrs.softmax(dim=1), logits.objs.softmax(dim=1)
-        return combine(pairs, attrs, objs, space.pairs_on(pairs.device))
-
-    def bank_scores(self, logits: Tensor) -> Tensor:
-        """The bank's term of the scores ``[batch, P]``, which has no primitives in it."""
-        return logits.softmax(dim=1) if self.fusion == "probs" else logits
 
     def adapt(self, out: SACOutput) -> None:
         """Show the images of ``out`` to the bank: it keeps those of which the condenser is surest (Eq. 9).
@@ -218,7 +252,7 @@ class SAC(nn.Module):
             raise ValueError(f"expected `out` in the label space of the bank, got {have}")
         self.bank.update(out.features, out.vac.pairs.softmax(dim=1))
 
-    def losses(self, out: SACOutput, pair_target: Tensor, *, stage: TrainStage = "align") -> dict[str, Tensor]:
+    def losses(self, out: SACOutput, pair_target: Tensor, *, stage: Stage = "align") -> dict[str, Tensor]:
         """The training losses of a stage.
 
         Args:
@@ -237,25 +271,12 @@ class SAC(nn.Module):
         check_choice("stage", stage, ("align", "condense", "joint"))
         check_tensor("pair_target", pair_target, dtypes=(torch.long,))
         check_shapes(logits=(out.sa.pairs, "batch pairs"), pair_target=(pair_target, "batch"))
-        attr, obj = out.space.pairs_on(pair_target.device)[pair_target].unbind(dim=1)
-        targets = BranchLogits(pair_target, attr, obj)
-        terms: dict[str, Tensor] = {}
-        total = out.sa.pairs.new_zeros(())
-        if stage != "condense":
-            terms |= _cross_entropies("loss", out.sa, targets)
-            total = total + sum(terms.values())
-        if stage != "align":
-            if out.vac is None:
-                raise ValueError(f'expected `out` of a model with a condenser for stage "{stage}", got none')
-            own = _cross_entropies("loss_vac", out.vac, targets)
-            teacher = distillation(out.vac.pairs, out.sa.pairs, direction=self.direction)
-            total = total + (1 - self.alpha) * sum(own.values()) + self.alpha * teacher
-            terms |= own | {"loss_distill": teacher}
-        return terms | {"loss": total}
-
-
-def _cross_entropies(prefix: str, logits: BranchLogits, targets: BranchLogits) -> dict[str, Tensor]:
-    return {
-        f"{prefix}_{name}": F.cross_entropy(rows, target)
-        for name, rows, target in zip(BranchLogits._fields, logits, targets)
-    }
+        pairs = out.space.pairs_on(pair_target.device)
+        known = {} if stage == "condense" else self.method.losses(out.sa, pairs, pair_target)
+        if stage == "align":
+            return known
+        if out.vac is None or out.features is None:
+            raise ValueError(f'expected `out` of a model with a condenser for stage "{stage}", got none')
+        logits = CondensedLogits(out.sa, out.vac, out.features)
+        weights: dict[str, Any] = {"alpha": self.alpha, "direction": self.direction}
+        return add_losses(known, condenser_losses(self.method, logits, pairs, pair_target, **weights))

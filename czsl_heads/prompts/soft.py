@@ -11,18 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
-from czsl_heads._checks import check_choice, check_kind, check_range
+from czsl_heads._checks import check_choice, check_kind, check_range, check_shapes, check_tensor
 from czsl_heads.encoders.protocol import Encoder, check_encoder
 from czsl_heads.prompts.prefix import encode_fronts, obstacle, prefix_encoding
 from czsl_heads.space import CompositionSpace, clean_name
 
 Encode = Literal["auto", "prefix", "plain"]
+Span = Literal["pairs", "all"]
 _ROWS = 4096  # prompts encoded at once where nothing is kept for a backward pass
 _CHECKPOINTED_ROWS = 1024  # and where their activations are there for a moment only
 
 
 class TextFeatures(NamedTuple):
-    """Unit text features of a space: ``pairs`` [P, dim], ``attributes`` [A, dim], ``objects`` [O, dim]."""
+    """Unit text features: ``pairs`` [K, dim], ``attributes`` [A, dim], ``objects`` [O, dim].
+
+    Where a method has no prompts of single primitives, the last two have no rows.
+    """
 
     pairs: Tensor
     attributes: Tensor
@@ -47,24 +51,29 @@ class SoftPrompts(nn.Module):
             distribution, but prompts are no longer independent.
         checkpoint: Keep no activations of single prompts but run them again in the backward pass, part by part; with
             ``"prefix"`` also where the encoder's text tower is set to checkpoint.
+        primitives: The table to start from ``[A + O, text_dim]``, attributes first; names then need not fit the
+            context.
+        span: ``"all"``, or ``"pairs"``: no prompts of single attributes and objects, and no contexts for them.
+        dropout_at_evaluation: Drop out in eval mode too, as code that encodes before it switches modes.
 
     Shape:
-        ``prompts(space)``, any space over the same primitives, to :class:`TextFeatures`, unit rows.
+        ``prompts(space)``, any space over the same primitives, or ``prompts.texts(pairs)``, long ``[K, 2]`` in any
+        order and with repeats, to :class:`TextFeatures`, unit rows.
 
     Where a prefix is shared, all features have one graph: add their losses before ``backward()``.
 
     Raises:
         ValueError: An option is unknown or out of range, a prompt is longer than the tower's context, a cleaned name
-            has no token, a space has other primitives, or ``encode="prefix"`` and the text tower is not causal, has
-            blocks other than open_clip's usual ones, or hooks on them.
+            has no token, a space has other primitives, pairs name none of them, or ``encode="prefix"`` and the text
+            tower is not causal, has blocks other than open_clip's usual ones, or hooks on them.
         TypeError: ``encoder`` is no Encoder, or a space no :class:`~czsl_heads.CompositionSpace`.
 
     Example:
         >>> from czsl_heads import CompositionSpace, wrap
         >>> space = CompositionSpace(["red", "blue"], ["circle"], seen=[("red", "circle")])
         >>> prompts = SoftPrompts(wrap("tiny"), space)
-        >>> prompts(space.open_world()).pairs.shape
-        torch.Size([2, 96])
+        >>> prompts(space.open_world()).pairs.shape, prompts.texts(torch.tensor([[1, 0]])).pairs.shape
+        (torch.Size([2, 96]), torch.Size([1, 96]))
 
     References:
         Nayak et al., CSP, ICLR 2023 (a learned table of primitives); Huang et al., Troika, CVPR 2024 (three contexts);
@@ -80,6 +89,9 @@ class SoftPrompts(nn.Module):
         dropout: float = 0.0,
         encode: Encode = "auto",
         checkpoint: bool = False,
+        primitives: Tensor | None = None,
+        span: Span = "all",
+        dropout_at_evaluation: bool = False,
     ) -> None:
         super().__init__()
         check_encoder("encoder", encoder)
@@ -87,7 +99,11 @@ class SoftPrompts(nn.Module):
         check_kind("context", context, str)
         check_range("dropout", dropout, 0, 1)
         check_choice("encode", encode, ("auto", "prefix", "plain"))
+        check_choice("span", span, ("pairs", "all"))
+        for name, switch in (("checkpoint", checkpoint), ("dropout_at_evaluation", dropout_at_evaluation)):
+            check_kind(name, switch, bool)
         self.dropout, self.encode, self.checkpoint = dropout, encode, checkpoint
+        self.span, self.dropout_at_evaluation = span, dropout_at_evaluation
         self.attributes, self.objects = space.attributes, space.objects
         self._encoder = (encoder,)  # in a tuple, or its weights would be registered here
         self._shares_prefix()
@@ -95,26 +111,49 @@ class SoftPrompts(nn.Module):
             sentence, eos = encoder.embed_texts([context])
             if encoder.embed_texts([f"{context} x x"])[1] == eos:  # which needs room for a pair, too
                 raise ValueError("expected `encoder` with a text tower pooled at [EOS], got one pooled elsewhere")
-            table = _mean_embeddings(encoder, [clean_name(name) for name in (*space.attributes, *space.objects)])
+            table = self._first_table(encoder) if primitives is None else self._checked_table(primitives, encoder)
         words = sentence[0, 1 : int(eos)]
         self.pair_context = nn.Parameter(words.clone())
-        self.attribute_context = nn.Parameter(words.clone())
-        self.object_context = nn.Parameter(words.clone())
+        if span == "all":
+            self.attribute_context = nn.Parameter(words.clone())
+            self.object_context = nn.Parameter(words.clone())
         self.primitives = nn.Parameter(table)
         # [SOS]; and [EOS] with the padding behind it, which a tower that is not causal sees too.
         self.register_buffer("_start", sentence[0, :1].clone(), persistent=False)
         self.register_buffer("_end", sentence[0, int(eos) :].clone(), persistent=False)
 
+    def _first_table(self, encoder: Encoder) -> Tensor:
+        return _mean_embeddings(encoder, [clean_name(name) for name in (*self.attributes, *self.objects)])
+
+    def _checked_table(self, primitives: Tensor, encoder: Encoder) -> Tensor:
+        rows = len(self.attributes) + len(self.objects)
+        check_tensor("primitives", primitives)
+        check_shapes(primitives=(primitives, f"{rows} {encoder.text_dim}"))
+        return primitives.detach().clone()
+
     def forward(self, space: CompositionSpace) -> TextFeatures:
         """Encode the pairs of ``space`` and all its primitives."""
         self._check_space(space)
-        table = F.dropout(self.primitives, self.dropout, self.training)
+        return self.texts(space.pairs_on(self.primitives.device))
+
+    def texts(self, pairs: Tensor) -> TextFeatures:
+        """Encode these pairs ``[K, 2]`` and all primitives; one dropout mask on the table for all prompts of the call.
+
+        Values of pairs are looked at on the CPU only: a GPU would be waited for.
+        """
+        check_pairs(pairs, len(self.attributes), len(self.objects))
+        table = F.dropout(self.primitives, self.dropout, self.training or self.dropout_at_evaluation)
         attributes, objects = table.split([len(self.attributes), len(self.objects)])
+        pairs = pairs.to(table.device)
+
+        if self.span == "pairs":
+            (of_pairs,) = self.encode_kinds([self.pair_context], [(attributes, objects)], [pairs])
+            return TextFeatures(of_pairs, of_pairs[:0], of_pairs[:0])
+
         contexts = self.pair_context, self.attribute_context, self.object_context
-        kinds = (attributes, objects), (attributes,), (objects,)
+        tables = (attributes, objects), (attributes,), (objects,)
         every = (torch.arange(len(rows), device=rows.device)[:, None] for rows in (attributes, objects))
-        prompts = space.pairs_on(table.device), *every
-        return TextFeatures(*self.encode_kinds(contexts, kinds, prompts))
+        return TextFeatures(*self.encode_kinds(contexts, tables, [pairs, *every]))
 
     def _check_space(self, space: CompositionSpace) -> None:
         check_kind("space", space, CompositionSpace)
@@ -182,6 +221,23 @@ class SoftPrompts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"attributes={len(self.attributes)}, objects={len(self.objects)}, context={len(self.pair_context)}"
+
+
+def check_pairs(pairs: Tensor, num_attributes: int, num_objects: int) -> None:
+    """Raise TypeError or ValueError unless ``pairs`` is ``[K, 2]``, long, of indices of primitives, and not empty.
+
+    Values are looked at on the CPU only: a GPU would be waited for.
+    """
+    check_tensor("pairs", pairs, dtypes=(torch.long,))
+    if not check_shapes(pairs=(pairs, "pairs 2"))["pairs"]:
+        raise ValueError("expected `pairs` with at least one row, got none")
+    if pairs.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    limits = torch.tensor([num_attributes, num_objects])
+    wrong = ((pairs < 0) | (pairs >= limits)).any(dim=1)
+    if wrong.any():
+        first = tuple(pairs[wrong][0].tolist())
+        raise ValueError(f"expected `pairs` of indices below {num_attributes, num_objects}, got {first}")
 
 
 def _mean_embeddings(encoder: Encoder, names: list[str]) -> Tensor:

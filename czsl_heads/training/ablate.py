@@ -1,65 +1,38 @@
-"""The ablation of the SAC paper (its Table 4), row by row, on one data set."""
+"""The rows of a table, trained and tested over all seeds, and the studies beside it: one record of results."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from czsl_heads._files import write_json
-from czsl_heads.data.layout import CompositionDataset
-from czsl_heads.training.config import AblationConfig
-from czsl_heads.training.evaluate import PROTOCOLS
-from czsl_heads.training.folder import open_folder
-from czsl_heads.training.plans import CLS, MAX, VAC, VAC_KL, RunPlan, carry_out
-from czsl_heads.training.studies import run_study
-from czsl_heads.training.summary import paired_difference, spread, summary_of
+from czsl_heads._files import read_json, write_json
+from czsl_heads.data.layout import CompositionDataset, labels_digest
+from czsl_heads.models.saved import RESULTS
+from czsl_heads.training.config import Config
+from czsl_heads.training.folder import open_folder, plain, wanted_rows
+from czsl_heads.training.open_world import OpenWorld, kept_open_world
+from czsl_heads.training.options import change
+from czsl_heads.training.rows import Readout, Row, Table, Trained
+from czsl_heads.training.run import train_model
+from czsl_heads.training.summary import differences_of, numbers_of, spread, summary_of
 from czsl_heads.training.trainer import is_main_process
 
-RESULTS = "results.json"
+SCHEMA = 2  # of results.json
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the table: its number there, its name, the model it scores by, and how."""
-
-    number: str
-    name: str
-    plan: RunPlan
-    readout: str
-    budget: str = "best"
-    transductive: bool = False
-
-
-ROWS = (
-    Row("1", "[CLS] baseline", CLS, "aligned"),
-    Row("1+", "[CLS] baseline, trained longer", CLS, "aligned", "longer"),
-    Row("2", "+ Sparse Alignment", MAX, "aligned"),
-    Row("2+", "+ Sparse Alignment, trained longer", MAX, "aligned", "longer"),
-    Row("3", "2 + condenser (VAC), by labels", VAC, "fused"),
-    Row("4", "2 + condenser, by labels and alignment", VAC_KL, "fused"),
-    Row("5", "4 + memory bank, frozen", VAC_KL, "bank"),
-    Row("6", "5 + unseen texts and test images *", VAC_KL, "adapted", transductive=True),
-)
-# Which rows are compared, of the same seed: each step, and the whole against the baselines of its budget.
-COMPARISONS = (
-    *(("2", "1"), ("2+", "1+"), ("3", "2"), ("3", "2+"), ("4", "3"), ("4", "2+")),
-    *(("5", "4"), ("6", "5"), ("5", "1+"), ("6", "1+")),
-)
-
-
-def run_ablation(out: Path, config: AblationConfig) -> dict[str, Any]:
+def run_ablation(out: Path, config: Config) -> dict[str, Any]:
     """Train and test all rows over all seeds, then the studies, and write ``results.json``.
 
-    Finished runs in ``out`` are kept, an interrupted one is resumed: calling again with the same settings completes
-    the folder, and with more seeds or studies extends it.
+    Rows that share a trained model are scored in one pass over the images. Finished models in ``out`` are kept, an
+    interrupted one is resumed: calling again with the same settings completes the folder, and with more seeds, studies
+    or additions extends it.
 
     Returns:
         The content of ``results.json``.
@@ -69,32 +42,90 @@ def run_ablation(out: Path, config: AblationConfig) -> dict[str, Any]:
         KeyboardInterrupt: Interrupted; calling again resumes.
     """
     dataset = open_folder(out, config)
-    records: dict[str, list[dict[str, Any]]] = {row.number: [] for row in ROWS}
-    for seed in config.seeds:
-        for row in ROWS:
-            _say(f"seed {seed}, row {row.number}: {row.name}")
-            records[row.number].append(carry_out(row.plan, out, dataset, config, seed))
-    rows = [_row_results(row, records[row.number]) for row in ROWS]
+    config = _extended(out, config)
+    work = _Work(out, dataset, config)
+    records = [work.done(seed) for seed in config.seeds]
+    rows = [_row_results(row, config, records) for row in config.rows]
     results: dict[str, Any] = {
-        "config": config.as_dict(),
+        "schema": SCHEMA,
+        "config": plain(config.as_dict()),
+        "sources": config.sources,
         "environment": environment(),
         "data": _describe(dataset),
+        "shown": _shown(config.whole_table, rows),
+        "baseline": config.whole_table.baseline,
         "rows": rows,
-        "comparisons": _comparisons(rows),
-        "studies": {},
+        "comparisons": compared(config.whole_table, rows),
+        "studies": {name: _study_results(name, config, records) for name in config.studies},
     }
-    for name in _studies(out, config):
-        _say(f"study {name}")
-        results["studies"][name] = run_study(name, out, dataset, config)
     if is_main_process():
         results = write_json(out / RESULTS, results)
     return results
 
 
-def _studies(out: Path, config: AblationConfig) -> list[str]:
-    """Those that were asked for now or before."""
-    before = json.loads((out / RESULTS).read_text())["studies"] if (out / RESULTS).exists() else {}
-    return list(dict.fromkeys([*before, *config.studies]))
+def _extended(out: Path, config: Config) -> Config:
+    """With the studies and additions that were asked for before, too."""
+    if not (out / RESULTS).exists():
+        return config
+    before = read_json(out / RESULTS)
+    studies = list(dict.fromkeys([*before["studies"], *config.studies]))
+    added = dict.fromkeys([*before["config"]["add"], *config.add])
+    return replace(config, studies=studies, add=tuple(name for name in ("vac", "bank") if name in added))
+
+
+class _Work:
+    """The models that a command trains for each seed, and the ways in which each is scored."""
+
+    def __init__(self, out: Path, dataset: CompositionDataset, config: Config) -> None:
+        self.out, self.dataset, self.config = out, dataset, config
+        self.open_world: OpenWorld | None = kept_open_world(out, config)
+        self.models: dict[str, Trained] = {}
+        self.readouts: dict[str, dict[str, Readout]] = {}
+        self.rows: dict[str, list[str]] = {}
+        for row in wanted_rows(config):
+            model = self.models.setdefault(row.model.folder, row.model)
+            readout = row.readout.resolved(change(config.options, model.changes))
+            self.readouts.setdefault(model.folder, {})[readout.key] = readout
+            self.rows.setdefault(model.folder, []).append(row.key)
+        about = {"data": "the shapes world" if config.shapes else Path(config.data).name}
+        self.about = about | {"data_digest": labels_digest(dataset.root), "preset": config.preset}
+
+    def done(self, seed: int) -> dict[str, dict[str, Any]]:
+        """The records of all models of a seed, trained or read, by folder."""
+        return {name: self._model(model, seed) for name, model in self.models.items()}
+
+    def _model(self, model: Trained, seed: int) -> dict[str, Any]:
+        config, base = self.config, None
+        options = change(config.options, model.changes)
+        if model.base is not None and not options.joint:
+            if model.base.folder not in self.models:
+                self._base(model.base, seed)
+            base = self.out / f"seed{seed}" / model.base.folder
+        names = ", ".join(dict.fromkeys(self.rows[model.folder]))
+        _say(f"seed {seed}, {config.method}, model {model.folder} (rows {names})")
+        return self._train(model, base, seed, self.readouts[model.folder])
+
+    def _base(self, model: Trained, seed: int) -> None:
+        """A model that only others build on, which nobody asks to be tested."""
+        _say(f"seed {seed}, {self.config.method}, model {model.folder}, which others build on")
+        self._train(model, None, seed, {})
+
+    def _train(self, model: Trained, base: Path | None, seed: int, readouts: dict[str, Readout]) -> dict[str, Any]:
+        config, options = self.config, change(self.config.options, model.changes)
+        behind = model.stage == "condense"
+        return train_model(
+            self.out / f"seed{seed}" / model.folder,
+            self.dataset,
+            options.recipe(config.method, config.encoder, model.align, condenser=behind),
+            options,
+            readouts,
+            base=base,
+            extra_epochs=options.extra_epochs if model.longer else 0,
+            seed=seed,
+            trainer=config.trainer,
+            open_world=self.open_world,
+            about=self.about,
+        )
 
 
 def _say(words: str) -> None:
@@ -125,33 +156,43 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _row_results(row: Row, records: list[dict[str, Any]]) -> dict[str, Any]:
-    runs = []
-    for record in records:
-        budget = record["budgets"][row.budget]
-        runs.append(
-            {
-                "seed": record["seed"],
-                "best_epoch": budget["best_epoch"],
-                "validation_auc": budget["validation_auc"],
-                "test": _short_curves(budget["test"][row.readout]),
-                "gap": budget["gap"],
-                "rejected": budget.get("rejected", 0),
-                **({"feasibility": budget["feasibility"][row.readout]} if "feasibility" in budget else {}),
-            }
-        )
-    gaps = [run["gap"]["relative_modality_gap"] for run in runs]
-    searches = [run["feasibility"] for run in runs if "feasibility" in run]
+def _shown(table: Table, rows: list[dict[str, Any]]) -> str:
+    keys = {row["key"] for row in rows}
+    return next(key for key in table.shown if key in keys)
+
+
+def _row_results(row: Row, config: Config, records: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """What a table says of a row, from the records of all seeds."""
+    readout = row.readout.resolved(change(config.options, row.model.changes))
+    own = [record[row.model.folder] for record in records]
+    by_seed = [_seed_results(record, readout.key, row.budget) for record in own]
+    gaps = [run["gap"]["relative_modality_gap"] for run in by_seed]
+    searches = [run["feasibility"] for run in by_seed if "feasibility" in run]
     return {
-        "number": row.number,
-        "name": row.name,
+        "key": row.key,
+        "title": row.title.format(topk=config.options.head.topk),
         "transductive": row.transductive,
-        "folder": row.plan.folder,
-        "trainable_parameters": records[0]["trainable_parameters"],
-        "summary": summary_of([run["test"] for run in runs]),
+        "model": row.model.folder,
+        "readout": {"name": readout.key, "bank": None if readout.bank is None else readout.bank._asdict()},
+        "trainable_parameters": own[0]["trainable_parameters"],
+        "summary": summary_of([run["test"] for run in by_seed]),
         "gap": {name: spread([gap[name] for gap in gaps]) for name in gaps[0]},
         **({"feasibility": _search_summary(searches)} if searches else {}),
-        "runs": runs,
+        "by_seed": by_seed,
+    }
+
+
+def _seed_results(record: dict[str, Any], readout: str, budget: str) -> dict[str, Any]:
+    found = record["budgets"][budget]
+    feasibility = {"feasibility": found["feasibility"][readout]} if "feasibility" in found else {}
+    return {
+        "seed": record["seed"],
+        "best_epoch": found["best_epoch"],
+        "selected": found["selected"],
+        "test": found["test"][readout],
+        "gap": found["gap"],
+        "rejected": found["rejected"],
+        **feasibility,
     }
 
 
@@ -162,35 +203,32 @@ def _search_summary(searches: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: spread(numbers) for name, numbers in {**values, "auc": best}.items()}
 
 
-def _short_curves(test: dict[str, Any]) -> dict[str, Any]:
-    """Curves to five digits, which tell shares of up to 100,000 images apart; all else as it is."""
-
-    def shortened(curve: list[list[float | None]]) -> list[list[float | None]]:
-        return [[None if value is None else round(value, 5) for value in point] for point in curve]
-
-    return {
-        world: {protocol: {**result, "curve": shortened(result["curve"])} for protocol, result in by_protocol.items()}
-        for world, by_protocol in test.items()
-    }
-
-
-def _comparisons(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    by_number = {row["number"]: row["runs"] for row in rows}
-
-    def values(number: str, world: str, protocol: str) -> list[float | None]:
-        return [run["test"][world][protocol]["auc"] for run in by_number[number]]
-
+def compared(table: Table, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Differences of rows, seed by seed, of every number; nothing for one seed."""
+    tests = {row["key"]: [run["test"] for run in row["by_seed"]] for row in rows}
     return [
-        {
-            "row": row,
-            "against": other,
-            "auc": {
-                world: {
-                    protocol: paired_difference(values(row, world, protocol), values(other, world, protocol))
-                    for protocol in PROTOCOLS
-                }
-                for world in rows[0]["summary"]
-            },
-        }
-        for row, other in COMPARISONS
+        {"row": row, "against": other, "differences": differences_of(tests[row], tests[other])}
+        for row, other in table.comparisons
+        if row in tests and other in tests
     ]
+
+
+def _study_results(name: str, config: Config, records: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    study = config.study(name)
+    points = []
+    for row in study.points:
+        found = _row_results(row, config, records)
+        runs = [
+            {"seed": run["seed"], "test": numbers_of(run["test"]), "gap": run["gap"]} for run in found["by_seed"]
+        ]
+        points.append(
+            {
+                "value": row.value,
+                "series": row.title,
+                "model": row.model.folder,
+                "summary": found["summary"],
+                "gap": found["gap"],
+                "by_seed": runs,
+            }
+        )
+    return {"title": study.title, "axis": study.axis, "points": points}

@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from czsl_heads.models.sac import SAC, BranchLogits, SpaceTexts
+from czsl_heads.models.method import Logits, Method
+from czsl_heads.prompts.soft import TextFeatures
 
 CACHE_BYTES = 2 * 2**30  # kept without being asked to
 
 
 class EncodedImages(Dataset[Any]):
-    """Tokens, alignment logits and columns of images; indexed by lists of numbers or of ``(epoch, number)``."""
+    """What a method makes of images before it is asked for vectors: their encoding, its own logits, their columns.
 
-    def __init__(self, tokens: Tensor, logits: BranchLogits, columns: Tensor) -> None:
-        self.tokens, self.logits, self.columns = tokens, logits, columns
+    Indexed by lists of numbers or of ``(epoch, number)``.
+    """
+
+    def __init__(self, encoded: Any, logits: Logits, columns: Tensor) -> None:
+        self.encoded, self.logits, self.columns = encoded, logits, columns
 
     def __len__(self) -> int:
         return len(self.columns)
 
-    def __getitems__(self, indices: list[int] | list[tuple[int, int]]) -> tuple[Tensor, BranchLogits, Tensor]:
+    def __getitems__(self, indices: list[int] | list[tuple[int, int]]) -> tuple[Any, Logits, Tensor]:
         rows = [index[1] if isinstance(index, tuple) else index for index in indices]
-        return self.tokens[rows], BranchLogits(*(logits[rows] for logits in self.logits)), self.columns[rows]
+
+        def take(tensor: Tensor) -> Tensor:
+            return tensor[rows]
+
+        return map_tensors(take, self.encoded), map_tensors(take, self.logits), self.columns[rows]
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.tokens, *self.logits, self.columns))
+        sizes: list[int] = []
+        map_tensors(lambda tensor: sizes.append(tensor.nbytes), (self.encoded, self.logits, self.columns))
+        return sum(sizes)
+
+
+def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
+    """A tensor, or tuples of such, plain or named, with a function of each tensor in its place."""
+    if isinstance(value, Tensor):
+        return function(value)
+    parts = [map_tensors(function, part) for part in value]
+    return value._make(parts) if hasattr(value, "_make") else tuple(parts)
 
 
 @torch.no_grad()
 def encode_images(
-    sac: SAC,
+    method: Method,
     loader: DataLoader[Any],
-    texts: SpaceTexts,
+    texts: TextFeatures,
     *,
     device: torch.device,
     limit: int | None,
@@ -44,14 +63,23 @@ def encode_images(
     """Encode all images of a loader and keep the result in main memory; None if it would take over ``limit`` bytes."""
     parts: list[EncodedImages] = []
     for images, columns in loader:
-        tokens = sac.encoder.encode_tokens(images.to(device, dtype))
-        logits = sac.align(tokens, texts)
-        part = EncodedImages(tokens.cpu(), BranchLogits(*(rows.cpu() for rows in logits)), columns)
+        encoded = method.encode(images.to(device, dtype))
+        (logits,) = method.compare(encoded, texts)
+        part = EncodedImages(*(map_tensors(Tensor.cpu, value) for value in (encoded, logits)), columns)
         if limit is not None and not parts and part.num_bytes / len(part) * len(loader.dataset) > limit:  # type: ignore[arg-type]
             return None
         parts.append(part)
     return EncodedImages(
-        torch.cat([part.tokens for part in parts]),
-        BranchLogits(*(torch.cat(rows) for rows in zip(*(part.logits for part in parts)))),
+        _joined([part.encoded for part in parts]),
+        _joined([part.logits for part in parts]),
         torch.cat([part.columns for part in parts]),
     )
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Tensors, or tuples of such, behind each other."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)
+    fields = [_joined([*each]) for each in zip(*parts)]
+    return first._make(fields) if hasattr(first, "_make") else tuple(fields)

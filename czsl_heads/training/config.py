@@ -1,7 +1,8 @@
-"""What decides the numbers of an ablation; free of Lightning, so that the command line can read its arguments here."""
+"""What decides the numbers of a command of training; free of Lightning, so that the command line reads it here."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,16 +10,32 @@ from typing import Any, Literal, get_args
 from czsl_heads._checks import check_choice, check_range
 from czsl_heads.data.shapes import ShapesSpec
 from czsl_heads.functional.feasibility import Masking
-from czsl_heads.training.options import SACOptions, load_options
+from czsl_heads.heads.sparse_align import Reduce
+from czsl_heads.models.registry import method_names
+from czsl_heads.training.options import Options, flatten, load_options, nest
+from czsl_heads.training.rows import (
+    STUDIES,
+    TABLES,
+    Addition,
+    Row,
+    Study,
+    Table,
+    TableName,
+    check_added,
+    one_model,
+)
 
 QUICK_SHAPES = ShapesSpec(train_per_pair=8, val_per_pair=4, test_per_pair=8)
 QUICK_EPOCHS = 3
-STUDIES = ("reductions", "pilot", "blend")
 SWEEPS = ("alpha", "beta", "gamma", "depth", "slots")
-# Settings of the open world; an ablation of the closed one does not write them down.
+# Settings of the open world; a command of the closed one does not write them down.
 OPEN_WORLD: dict[str, Any] = {"world": "closed", "feasibility": "encoder", "masking": "clean"}
 # What a study varies from, or would mix with.
-_NEUTRAL = {"pilot": ("patch_drop", 0), "blend": ("cls_weight", 0), "reductions": ("cls_weight", 0)}
+_NEUTRAL: dict[str, tuple[str, Any]] = {
+    "pilot": ("patch_drop", 0),
+    "blend": ("head.cls_weight", 0),
+    "reductions": ("head.cls_weight", 0),
+}
 # Flags of the trainer that an option decides, or that would leave no checkpoint or no log.
 _RESERVED = (
     *("max_epochs", "max_steps", "max_time", "logger", "callbacks", "fast_dev_run", "enable_checkpointing"),
@@ -28,16 +45,37 @@ _RESERVED = (
 
 
 @dataclass(frozen=True)
-class AblationConfig:
-    """Everything that decides the numbers of an ablation; a folder holds one of these."""
+class Config:
+    """Everything that decides the numbers of a command; a folder holds one of these.
 
+    Args:
+        method: Its name.
+        data: ``"shapes"``, or the folder of a data set.
+        encoder, preset: Their names.
+        options: All options of training.
+        sources: Where each option is from that is no default.
+        seeds: One model of each kind is trained for each.
+        shapes: What is drawn, where ``data`` is ``"shapes"``.
+        trainer: Flags of Lightning's Trainer.
+        table: Name of the table; ``"one"`` is that of ``czsl train``.
+        align: How the model of ``czsl train`` compares images with texts.
+        add: ``"vac"`` and ``"bank"``, where they stand behind a method.
+        studies: Names of studies beside the table.
+        world, feasibility, masking: Of the open world.
+    """
+
+    method: str
     data: str
     encoder: str
     preset: str
-    options: SACOptions
+    options: Options
+    sources: dict[str, str]
     seeds: list[int]
     shapes: ShapesSpec | None
     trainer: dict[str, Any]
+    table: TableName = "steps"
+    align: Reduce = "max"
+    add: tuple[Addition, ...] = ()
     studies: list[str] = field(default_factory=list)
     world: Literal["closed", "open"] = "closed"
     feasibility: str = "encoder"
@@ -46,6 +84,8 @@ class AblationConfig:
     def __post_init__(self) -> None:
         check_choice("world", self.world, ("closed", "open"))
         check_choice("masking", self.masking, get_args(Masking))
+        check_choice("table", self.table, get_args(TableName))
+        check_choice("align", self.align, get_args(Reduce))
         for name in ("feasibility", "masking"):
             if self.world == "closed" and getattr(self, name) != OPEN_WORLD[name]:
                 raise ValueError(f'expected `{name}` with world="open" only, got {getattr(self, name)!r} without')
@@ -53,18 +93,37 @@ class AblationConfig:
             raise ValueError(f'expected `feasibility` to be "encoder" or a file, got {self.feasibility}, which is none')
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it for a JSON file, as plain values."""
-        left_out = OPEN_WORLD if self.world == "closed" else {}
+        """All but the sources, for a JSON file, as plain values."""
+        left_out = {"sources", *(OPEN_WORLD if self.world == "closed" else ())}
+        if self.table != "one":
+            left_out.add("align")
         return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+    @property
+    def whole_table(self) -> Table:
+        """The table, with rows that were not asked for."""
+        return one_model(self.align, self.add) if self.table == "one" else TABLES[self.table]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows that were asked for."""
+        return self.whole_table.asked(self.add)
+
+    def study(self, name: str) -> Study:
+        """A study by its name."""
+        return STUDIES[name](self.options)
 
 
 def configure(
+    method: str = "sac",
     data: str = "shapes",
     encoder: str = "tiny",
     preset: str | None = None,
     seeds: int = 1,
     first_seed: int = 0,
     imbalance: float | None = None,
+    table: Literal["steps", "alignment"] | None = None,
+    add: Sequence[Addition] = (),
     quick: bool = False,
     reductions: bool = False,
     pilot: bool = False,
@@ -75,17 +134,23 @@ def configure(
     masking: Literal["clean", "official"] = "clean",
     options: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
-) -> AblationConfig:
-    """The configuration of an ablation, from the arguments of ``czsl ablate``.
+) -> Config:
+    """The configuration of a table, from the arguments of ``czsl ablate``.
 
     Args:
+        method: sac, clip, coop, csp or troika, or a method that another package brings.
         data: "shapes", drawn into the output folder, or the path of a data set in the field's layout.
         encoder: "tiny", or open_clip's ARCHITECTURE[:TAG], such as ViT-L-14:openai.
-        preset: Training options of a data set (shapes, ut-zappos, mit-states, cgqa); default: shapes with the tiny
-            encoder, else mit-states.
-        seeds: How many seeds; from two on, the table shows mean and standard deviation.
+        preset: Options of a data set (shapes, ut-zappos, mit-states, cgqa); default: shapes with the tiny encoder, else
+            mit-states.
+        seeds: How many seeds; from two on, the table shows mean and standard deviation. One is taken where nothing is
+            trained.
         first_seed: The first of them.
         imbalance: Information imbalance of the shapes world, in [0, 1].
+        table: "steps" builds SAC up step by step (its default); "alignment" puts Sparse Alignment into the method, and
+            what --add names behind it (the default of the others).
+        add: With the table "alignment": "vac", a condenser behind the method with Sparse Alignment; "vac" and "bank", a
+            memory bank of its vectors too.
         quick: Fewer images and epochs: a check that everything runs, in under three minutes on two cores.
         reductions: Also train an alignment branch by every reduction over tokens (Table 5).
         pilot: Also train [CLS] with part of the patches hidden: AUC and modality gap by drop rate (Fig. 2).
@@ -96,49 +161,147 @@ def configure(
         feasibility: With --world open, what says which pairs can be: "encoder" (its own text features), a .pt file of
             the field, or any other file: word vectors as text, such as glove.6B.300d.txt.
         masking: With --world open: "clean" (an infeasible pair is never predicted) or "official" (its score is 0).
-        options: Training options that replace the preset's, such as --options.epochs 5; docs/ablation.md lists them.
+        options: Options that replace the preset's, such as --options.epochs 5, --options.bank.slots 8 or
+            --options.model.dropout 0.1; docs/ablation.md lists them.
         trainer: Flags of Lightning's Trainer, such as --trainer.precision bf16-mixed or --trainer.devices 2.
 
     Raises:
-        ValueError: An argument is out of range, unknown, or has no meaning for this data or world.
+        ValueError: An argument is out of range, unknown, or has no meaning for this method, data or world.
     """
+    check_choice("method", method, method_names())
+    table = table or ("steps" if method == "sac" else "alignment")
+    check_choice("table", table, tuple(TABLES))
+    added = check_added(add)
+    if added and table == "steps":
+        raise ValueError('expected `add` with table="alignment" only, got it with "steps", which has all of it')
+    studies = [name for name, asked in zip(("reductions", "pilot", "blend"), (reductions, pilot, blend)) if asked]
+    for name in sweep.split(",") if sweep else ():
+        check_choice("sweep", name, SWEEPS)
+        studies.append(name)
+    config = _configured(
+        method, data, encoder, preset, imbalance, quick, options, trainer, seeds=seeds, first_seed=first_seed
+    )
+    for study, (option, neutral) in _NEUTRAL.items():
+        found = flatten(config.options.as_dict())[option]
+        if study in studies and found != neutral:
+            raise ValueError(f"expected `options.{option}` to be {neutral} in the study {study}, got {found}")
+    trains = bool(config.options.epochs or added or table == "steps" or studies)
+    return replace(
+        config,
+        seeds=config.seeds if trains else config.seeds[:1],
+        table=table,
+        add=added,
+        studies=studies,
+        world=world,
+        feasibility=feasibility if feasibility == "encoder" else str(Path(feasibility).resolve()),
+        masking=masking,
+    )
+
+
+def configure_model(
+    method: str = "sac",
+    data: str = "shapes",
+    encoder: str = "tiny",
+    preset: str | None = None,
+    seed: int = 0,
+    imbalance: float | None = None,
+    align: Reduce | None = None,
+    add: Sequence[Addition] | None = None,
+    quick: bool = False,
+    world: Literal["closed", "open"] = "closed",
+    feasibility: str = "encoder",
+    masking: Literal["clean", "official"] = "clean",
+    options: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
+) -> Config:
+    """The configuration of one model, from the arguments of ``czsl train``.
+
+    Args:
+        method: sac, clip, coop, csp or troika, or a method that another package brings.
+        data: "shapes", drawn into the output folder, or the path of a data set in the field's layout.
+        encoder: "tiny", or open_clip's ARCHITECTURE[:TAG], such as ViT-L-14:openai.
+        preset: Options of a data set (shapes, ut-zappos, mit-states, cgqa); default: shapes with the tiny encoder, else
+            mit-states.
+        seed: Decides initialisation, order, augmentation and dropout.
+        imbalance: Information imbalance of the shapes world, in [0, 1].
+        align: How an image is compared with texts: cls, as published (the default), or a reduction over all its tokens:
+            max (SAC's default), topk, logsumexp, mean, linear, attention.
+        add: "vac": a condenser behind the method; "vac" and "bank": a memory bank too, which is what SAC has.
+        quick: Fewer images and epochs: a check that everything runs.
+        world: "open" also masks the open world's scores by feasibility, as in czsl ablate.
+        feasibility: With --world open: "encoder", a .pt file of the field, or word vectors as text.
+        masking: With --world open: "clean" or "official".
+        options: Options that replace the preset's, such as --options.epochs 5; docs/ablation.md lists them.
+        trainer: Flags of Lightning's Trainer, such as --trainer.precision bf16-mixed or --trainer.devices 2.
+
+    Raises:
+        ValueError: An argument is out of range, unknown, or has no meaning for this method, data or world.
+    """
+    check_choice("method", method, method_names())
+    if add is None:
+        add = ("vac", "bank") if method == "sac" else ()
+    config = _configured(
+        method, data, encoder, preset, imbalance, quick, options, trainer, seeds=1, first_seed=seed
+    )
+    return replace(
+        config,
+        table="one",
+        align=align or ("max" if method == "sac" else "cls"),
+        add=check_added(add),
+        world=world,
+        feasibility=feasibility if feasibility == "encoder" else str(Path(feasibility).resolve()),
+        masking=masking,
+    )
+
+
+def _configured(
+    method: str,
+    data: str,
+    encoder: str,
+    preset: str | None,
+    imbalance: float | None,
+    quick: bool,
+    options: dict[str, Any] | None,
+    trainer: dict[str, Any] | None,
+    *,
+    seeds: int,
+    first_seed: int,
+) -> Config:
+    """What all commands of training have in common."""
     check_range("seeds", seeds, 1)
     check_range("first_seed", first_seed, 0, 2**32 - seeds)  # what Lightning can be seeded with
     for flag in trainer or {}:
         if flag in _RESERVED:
             raise ValueError(f"expected `trainer` without {', '.join(_RESERVED)}, got {flag}; see `options` for epochs")
-    if preset is None:
-        preset = "shapes" if encoder == "tiny" else "mit-states"
-    chosen = dict(options or {})
+        if flag == "accumulate_grad_batches":
+            raise ValueError(f"expected `trainer` without {flag}, got it; see `options.accumulate`")
+    preset = preset or ("shapes" if encoder == "tiny" else "mit-states")
+    chosen = flatten(nest(options or {}))
+    training, sources = load_options(method, preset, chosen)
     if quick:
-        chosen.setdefault("epochs", QUICK_EPOCHS)
-        chosen.setdefault("condense_epochs", QUICK_EPOCHS)
+        fewer = {"condense_epochs": QUICK_EPOCHS} | ({"epochs": QUICK_EPOCHS} if training.epochs else {})
+        training, sources = load_options(method, preset, {**fewer, **chosen})
+
     shapes = None
     if data == "shapes":
         shapes = QUICK_SHAPES if quick else ShapesSpec()
         shapes = shapes if imbalance is None else replace(shapes, imbalance=imbalance)
     elif imbalance is not None:
         raise ValueError(f'expected `imbalance` with data="shapes" only, got data={data!r}')
-    chosen_studies = [name for name, asked in zip(STUDIES, (reductions, pilot, blend)) if asked]
-    for name in sweep.split(",") if sweep else ():
-        check_choice("sweep", name, SWEEPS)
-        chosen_studies.append(name)
-    training = load_options(preset, chosen)
-    for study, (option, neutral) in _NEUTRAL.items():
-        if study in chosen_studies and getattr(training, option) != neutral:
-            raise ValueError(
-                f"expected `options.{option}` to be {neutral} in the study {study}, got {getattr(training, option)}"
-            )
-    return AblationConfig(
+    return Config(
+        method=method,
         data=data if data == "shapes" else str(Path(data).resolve()),
-        encoder=encoder,
+        encoder=_from_anywhere(encoder),
         preset=preset,
         options=training,
+        sources=sources,
         seeds=list(range(first_seed, first_seed + seeds)),
         shapes=shapes,
         trainer=dict(trainer or {}),
-        studies=chosen_studies,
-        world=world,
-        feasibility=feasibility if feasibility == "encoder" else str(Path(feasibility).resolve()),
-        masking=masking,
     )
+
+
+def _from_anywhere(encoder: str) -> str:
+    """The same name, with a path in it as an absolute one: a folder of results is used from other places, too."""
+    name, colon, tag = encoder.partition(":")
+    return f"{name}:{Path(tag).resolve()}" if colon and Path(tag).exists() else encoder

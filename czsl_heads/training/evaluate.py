@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -25,44 +25,27 @@ from czsl_heads.functional.protocol import CZSLResult
 from czsl_heads.heads.memory_bank import DynamicMemoryBank
 from czsl_heads.metrics.czsl_score import CZSLScore
 from czsl_heads.metrics.modality_gap import RelativeModalityGap
-from czsl_heads.models.sac import SAC, SpaceTexts
+from czsl_heads.models.condensed import Condensed
+from czsl_heads.models.method import Logits, Method, tokens_of
+from czsl_heads.models.recipe import new_bank
+from czsl_heads.prompts.soft import TextFeatures
 from czsl_heads.space import CompositionSpace
 from czsl_heads.training.loaders import eval_loader
 from czsl_heads.training.open_world import OpenWorld, Thresholds
-from czsl_heads.training.options import SACOptions
+from czsl_heads.training.options import Options
+from czsl_heads.training.rows import BankPlan, Readout
 
 World = Literal["closed", "open"]
 WORLDS: tuple[World, ...] = ("closed", "open")
 PROTOCOLS: tuple[Literal["standard", "exact"], ...] = ("standard", "exact")
 
 
-class BankPlan(NamedTuple):
-    """A memory bank filled from the training images; what it holds besides, and whether it learns on the way.
-
-    ``texts`` puts the texts of unseen pairs into their empty rows; ``updates`` stores images of the split after they
-    were predicted, which makes the scores transductive.
-    """
-
-    slots: int
-    texts: bool = False
-    updates: bool = False
-
-
-@dataclass(frozen=True)
-class Readout:
-    """One way to score: Eq. 12 with these weights. The default is the alignment branch alone."""
-
-    beta: float = 1.0
-    gamma: float = 0.0
-    bank: BankPlan | None = None
-
-
 @dataclass
-class GapReadouts:
+class GapVectors:
     """The modality gap of the closed world, by which vector stands for an image, and how often that is a patch.
 
-    ``cls``: token 0; ``pred``: the token that wins the pair that the alignment branch predicts; ``true``: the one that
-    wins the labelled pair, an oracle; ``vac``: the condenser's vector.
+    ``cls``: token 0; ``pred``: the token that wins the pair that the method predicts; ``true``: the one that wins the
+    labelled pair, an oracle; ``vac``: the condenser's vector. Texts are those before anything draws them to an image.
     """
 
     gaps: dict[str, RelativeModalityGap]
@@ -100,11 +83,11 @@ class Evaluation(lightning.LightningModule):
     """Scores a split by every readout; run it by ``trainer.test(evaluation)``, then read :attr:`results`.
 
     Args:
-        sac: The model, in eval mode; its own bank and weights of fusion are not used.
+        model: In eval mode; its own bank and weights of fusion are not used.
         dataset: Its training images fill the banks.
         options: Batch size, and how banks are made.
-        readouts: By name.
-        split: ``"val"`` or ``"test"``.
+        readouts: By name; their numbers are all known.
+        split: ``"train"``, ``"val"`` or ``"test"``.
         worlds: Label spaces.
         open_world: Also mask the scores of the open world, each readout at a threshold that is searched on the
             validation images first; the results stand under ``"feasible"``.
@@ -112,9 +95,9 @@ class Evaluation(lightning.LightningModule):
 
     def __init__(
         self,
-        sac: SAC,
+        model: Method,
         dataset: CompositionDataset,
-        options: SACOptions,
+        options: Options,
         readouts: dict[str, Readout],
         *,
         split: str = "test",
@@ -124,12 +107,15 @@ class Evaluation(lightning.LightningModule):
         super().__init__()
         if open_world is not None and "open" not in worlds:
             raise ValueError(f"expected `worlds` with open where it is to be masked, got {', '.join(worlds)}")
+        self.model = model.eval()
+        self.method = model.method if isinstance(model, Condensed) else model
+        self.condenser = model.condenser if isinstance(model, Condensed) else None
         for name, readout in readouts.items():
-            if sac.condenser is None and readout != Readout():
-                raise ValueError(f"expected `readouts` of the alignment branch alone without a condenser, got {name}")
+            if self.condenser is None and not readout.alone:
+                raise ValueError(f"expected `readouts` of the method alone without a condenser, got {name}")
             if readout.gamma and readout.bank is None:
                 raise ValueError(f"expected `readouts` with a bank where gamma is above 0, got {name} without")
-        self.sac, self.dataset, self.options, self.readouts, self.split = sac.eval(), dataset, options, readouts, split
+        self.dataset, self.options, self.readouts, self.split = dataset, options, readouts, split
         self.plans = sorted({readout.bank for readout in readouts.values() if readout.bank is not None})
         space = dataset.space
         every: dict[World, CompositionSpace] = {"closed": space, "open": space.open_world()}
@@ -146,23 +132,30 @@ class Evaluation(lightning.LightningModule):
         self.results: dict[str, dict[str, dict[str, CZSLResult]]] = {}
         self.gap: dict[str, dict[str, float]] = {}
         self.rejected = 0  # vectors that were not finite, and so did not enter a bank
-        self._texts: dict[World, SpaceTexts] = {}
+        self._texts: dict[World, TextFeatures] = {}
         self._filled: dict[tuple[World, int], DynamicMemoryBank] = {}
         self._banks: dict[tuple[World, BankPlan], DynamicMemoryBank] = {}
         self._scores: dict[tuple[str, str, str], CZSLScore] = {}
-        self._gap: GapReadouts | None = None
+        self._gap: GapVectors | None = None
         self._candidates = dataset.eval_mask(split)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        transform = self.sac.encoder.transform()
-        return [eval_loader(self.dataset.images(split, transform), self.options) for split in self.parts.values()]
+        transform, options = self.model.encoder.transform(), self.options
+        return [
+            eval_loader(self.dataset.images(split, transform), options.eval_batch_size, workers=options.workers)
+            for split in self.parts.values()
+        ]
 
     def on_test_epoch_start(self) -> None:
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            self._texts = {world: self.sac.texts(space) for world, space in self.spaces.items()}
-        slots = {plan.slots for plan in self.plans}
+            self._texts = {
+                world: self.method.texts(space.pairs_on(self.device)) for world, space in self.spaces.items()
+            }
+        slots = {plan.slots for plan in self.plans if plan.slots is not None}
         self._filled = {
-            (world, count): self._new_bank(space, count) for world, space in self.spaces.items() for count in slots
+            (world, count): new_bank(space, self.method.encoder, self.options.bank, count).to(self.device)
+            for world, space in self.spaces.items()
+            for count in slots
         }
         self._banks = {}
         masks: dict[str, Tensor | None] = {"closed": self._candidates}
@@ -180,60 +173,58 @@ class Evaluation(lightning.LightningModule):
             for protocol in PROTOCOLS
         }
         if "closed" in self._texts:
-            names = ["cls", "pred", "true"] if self.sac.condenser is None else ["cls", "pred", "true", "vac"]
-            pairs = self._texts["closed"].features.pairs.float().cpu()
+            names = ["cls", "pred", "true"] if self.condenser is None else ["cls", "pred", "true", "vac"]
+            pairs = self._texts["closed"].pairs.float().cpu()
             gaps = {name: RelativeModalityGap(pairs, sync_on_compute=False) for name in names}
-            self._gap = GapReadouts(gaps, include_cls=getattr(self.sac.head, "include_cls", True))
-
-    def _new_bank(self, space: CompositionSpace, slots: int) -> DynamicMemoryBank:
-        return new_bank(space, self.sac.encoder.dim, self.sac, self.options, slots=slots).to(self.device)
+            self._gap = GapVectors(gaps, include_cls=self.method.seam.head.include_cls)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         images, columns = batch
-        tokens = self.sac.encoder.encode_tokens(images)
-        features = None if self.sac.condenser is None else self.sac.condenser(tokens)
+        encoded = self.method.encode(images)
+        features = None if self.condenser is None else self.condenser(tokens_of(encoded))
         part = [*self.parts][dataloader_idx]
         if features is not None and part == "fill":
-            self._fill(features, columns)
+            self._fill(encoded, features, columns)
             return
         if batch_idx == 0:
             self._start_banks()
         worlds: Iterable[World] = ("open",) if part == "search" else self._texts
         for world in worlds:
-            self._predict(world, part, tokens, features, columns)
+            self._predict(world, part, encoded, features, columns)
 
-    def _fill(self, features: Tensor, columns: Tensor) -> None:
+    def _fill(self, encoded: Any, features: Tensor, columns: Tensor) -> None:
+        """Show training images to all banks, which are not read meanwhile."""
         for world, texts in self._texts.items():
-            probs = self.sac.classify(features, texts).pairs.softmax(dim=1)
-            labels = self.columns[world].to(columns.device)[columns] if self.options.bank_labels else None
+            (condensed,) = self.method.classify(encoded, texts, features)
+            probs = condensed.pairs.softmax(dim=1)
+            labels = self.columns[world].to(columns.device)[columns] if self.options.bank.labels else None
             for (other, _), bank in self._filled.items():
                 if other == world:
                     bank.update(features, probs, pair_index=labels)
 
     def _start_banks(self) -> None:
         for world, texts in self._texts.items():
-            unseen = (~texts.space.seen_mask).nonzero().squeeze(1).to(self.device)
+            unseen = (~self.spaces[world].seen_mask).nonzero().squeeze(1).to(self.device)
             for plan in self.plans:
+                assert plan.slots is not None
                 bank = deepcopy(self._filled[world, plan.slots])
                 if plan.texts:
-                    bank.fill_texts(texts.features.pairs[unseen], unseen)
+                    bank.fill_texts(texts.pairs[unseen], unseen)
                 self._banks[world, plan] = bank
 
-    def _predict(self, world: World, part: str, tokens: Tensor, features: Tensor | None, columns: Tensor) -> None:
-        sac, texts = self.sac, self._texts[world]
-        aligned = sac.pair_scores(sac.align(tokens, texts), texts.space)
-        scores: Iterable[tuple[str, Tensor]] = dict.fromkeys(self.readouts, aligned).items()
-        if features is not None:
-            scores = self._fused(world, aligned, features)
+    def _predict(self, world: World, part: str, encoded: Any, features: Tensor | None, columns: Tensor) -> None:
+        texts, vectors = self._texts[world], () if features is None else (features,)
+        aligned, *condensed = self.method.compare(encoded, texts, *vectors)
+        ranked = self.method.fuse(aligned, self.spaces[world].pairs_on(self.device))
         target = self.columns[world][columns.cpu()]
-        for name, rows in scores:
+        for name, rows in self._scored(world, ranked, aligned, features, *condensed):
             if part == "search" and self.thresholds is not None:
                 self.thresholds.update(name, rows.cpu(), target)
             else:
                 self._score(name, world, rows.cpu(), target)
         if world == "closed" and self._gap is not None:
-            candidates = aligned.masked_fill(~self._candidates.to(aligned.device), -torch.inf)
-            self._gap.update(tokens, features, candidates.argmax(dim=1), columns, texts.features.pairs)
+            candidates = ranked.masked_fill(~self._candidates.to(ranked.device), -torch.inf)
+            self._gap.update(tokens_of(encoded), features, candidates.argmax(dim=1), columns, texts.pairs)
 
     def _score(self, name: str, world: World, rows: Tensor, target: Tensor) -> None:
         views: dict[str, Tensor] = {world: rows}
@@ -243,19 +234,41 @@ class Evaluation(lightning.LightningModule):
             for protocol in PROTOCOLS:
                 self._scores[name, view, protocol].update(scores, target)
 
-    def _fused(self, world: World, aligned: Tensor, features: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def _scored(
+        self,
+        world: World,
+        ranked: Tensor,
+        aligned: Logits,
+        features: Tensor | None,
+        condensed: Logits | None = None,
+    ) -> Iterator[tuple[str, Tensor]]:
         """Scores by every readout, one at a time; then the banks that adapt see the batch."""
-        sac, texts = self.sac, self._texts[world]
-        logits = sac.classify(features, texts)
-        condensed = sac.pair_scores(logits, texts.space)
-        banks = {plan: self._banks[world, plan] for plan in self.plans}
-        memories = {plan: sac.bank_scores(bank(features)) for plan, bank in banks.items()}
+        pairs = self.spaces[world].pairs_on(self.device)
         for name, readout in self.readouts.items():
-            memory = None if readout.bank is None else memories[readout.bank]
-            yield name, fuse(aligned, condensed, memory, beta=readout.beta, gamma=readout.gamma)
+            if readout.alone and not readout.probabilities:
+                yield name, ranked
+        if all(readout.alone and not readout.probabilities for readout in self.readouts.values()):
+            return
+
+        probs = self.method.probabilities(aligned, pairs)
+        for name, readout in self.readouts.items():
+            if readout.alone and readout.probabilities:
+                yield name, probs
+        if features is None or condensed is None:
+            return
+
+        behind = self.method.probabilities(condensed, pairs)
+        banks = {plan: self._banks[world, plan] for plan in self.plans}
+        memories = {plan: bank(features).softmax(dim=1) for plan, bank in banks.items()}
+        for name, readout in self.readouts.items():
+            if not readout.alone:
+                assert readout.beta is not None
+                assert readout.gamma is not None
+                memory = None if readout.bank is None else memories[readout.bank]
+                yield name, fuse(probs, behind, memory, beta=readout.beta, gamma=readout.gamma)
         for plan, bank in banks.items():
             if plan.updates:
-                bank.update(features, logits.pairs.softmax(dim=1))
+                bank.update(features, condensed.pairs.softmax(dim=1))
 
     def on_test_epoch_end(self) -> None:
         self.results = {name: {} for name in self.readouts}
@@ -270,17 +283,12 @@ class Evaluation(lightning.LightningModule):
         """The bank as the training images left it."""
         return self._filled[world, slots]
 
-
-def new_bank(
-    space: CompositionSpace, dim: int, sac: SAC, options: SACOptions, *, slots: int | None = None
-) -> DynamicMemoryBank:
-    """An empty bank over a label space."""
-    return DynamicMemoryBank(
-        len(space),
-        dim,
-        slots=options.slots if slots is None else slots,
-        temperature=options.bank_temperature,
-        logit_scale=sac.condensed_head.logit_scale,
-        empty=options.bank_empty,
-        normalize=options.bank_normalize,
-    )
+    def as_dicts(self) -> dict[str, Any]:
+        """The results for a JSON file: by readout, world and protocol."""
+        return {
+            name: {
+                world: {protocol: result.as_dict() for protocol, result in by_protocol.items()}
+                for world, by_protocol in by_world.items()
+            }
+            for name, by_world in self.results.items()
+        }

@@ -1,60 +1,60 @@
-"""One folder, one ablation: nothing is written before all its settings were tried, and other settings are refused."""
+"""One folder, one command: nothing is written before all its settings were tried, and other settings are refused."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
+from torch import nn
 
-from czsl_heads._files import write_json
+from czsl_heads._files import read_json, write_json
 from czsl_heads.data.integrity import broken_images
-from czsl_heads.data.layout import CompositionDataset, DataError, layout_files, read_dataset
+from czsl_heads.data.layout import CompositionDataset, DataError, labels_digest, read_dataset
 from czsl_heads.data.shapes import make_shapes, shapes_space
-from czsl_heads.heads.sparse_align import Reduce
+from czsl_heads.models.condensed import Condensed
+from czsl_heads.models.recipe import build, new_bank
+from czsl_heads.models.saved import CONFIG
 from czsl_heads.space import CompositionSpace
-from czsl_heads.training.config import OPEN_WORLD, AblationConfig
+from czsl_heads.training.config import OPEN_WORLD, Config
 from czsl_heads.training.open_world import FEASIBILITY, feasibility_table, keep_feasibility
-from czsl_heads.training.run import build_head, build_sac
+from czsl_heads.training.options import Options, change
+from czsl_heads.training.rows import Row, Trained
+from czsl_heads.training.run import check_learning
 from czsl_heads.training.stage import check_validation
 from czsl_heads.training.trainer import check_trainer
 
-CONFIG = "config.json"
-# May differ when an ablation is taken up again: they decide which numbers there are, or how fast, but beyond rounding
+# May differ when a command is taken up again: they decide which numbers there are, or how fast, but beyond rounding
 # none of them.
-_FREE = ("seeds", "studies", "options.workers", "options.checkpoint", "trainer.enable_progress_bar")
+_FREE = ("seeds", "studies", "add", "options.workers", "options.checkpoint", "trainer.enable_progress_bar")
 
 
-def open_folder(out: Path, config: AblationConfig) -> CompositionDataset:
-    """Claim ``out`` for an ablation, or take it up again, and give its data set.
+def open_folder(out: Path, config: Config) -> CompositionDataset:
+    """Claim ``out`` for a command, or take it up again, and give its data set.
 
-    A new folder is made only after the data was read, every image of it decoded, the model and the trainer built once,
-    and the feasibility of pairs found where it is asked for; so a wrong argument leaves nothing behind.
+    A new folder is made only after the data was read, every model that the command trains built once and shown a blank
+    image, every image decoded, the trainer built, and the feasibility of pairs found where it is asked for; so a wrong
+    argument leaves nothing behind.
 
     Raises:
-        ValueError: The data, the encoder, an option or a flag is wrong; or ``out`` is of another ablation.
+        ValueError: The data, the encoder, an option or a flag is wrong; or ``out`` is of another command.
         OSError: ``out`` holds something else, or cannot be written.
     """
-    path = out / CONFIG
-    table = None
+    path, table = out / CONFIG, None
+    dataset = None if config.shapes else read_dataset(config.data)
+    settings = _settings(config, dataset)
     if path.exists():
-        dataset = None if config.shapes else read_dataset(config.data)
-        _compare(out, json.loads(path.read_text()), _settings(config))
+        _compare(out, read_json(path), settings)
         check_trainer(config.trainer)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"expected `out` to be a new or empty folder or one of an ablation, got {out}")
+        raise FileExistsError(f"expected `out` to be a new or empty folder or one of the same command, got {out}")
     else:
-        dataset = None if config.shapes else _checked_dataset(config.data)
-        space = shapes_space() if dataset is None else dataset.space
-        _rehearse(config, space)
-        table = None if config.world == "closed" else feasibility_table(config, space)
+        table = _tried(config, dataset)
     try:
-        write_json(path, _settings(config))
+        write_json(path, settings)
         if dataset is None:
             dataset = _drawn_dataset(out / "shapes", config)
         if config.world == "open" and not (out / FEASIBILITY).exists():
@@ -64,7 +64,61 @@ def open_folder(out: Path, config: AblationConfig) -> CompositionDataset:
     return dataset
 
 
-def _drawn_dataset(root: Path, config: AblationConfig) -> CompositionDataset:
+def wanted_rows(config: Config) -> list[Row]:
+    """The rows of the table and the points of the studies that a command asks for."""
+    points = [point for name in config.studies for point in config.study(name).points]
+    return [*config.rows, *points]
+
+
+def _tried(config: Config, dataset: CompositionDataset | None) -> torch.Tensor | None:
+    """Everything that can be wrong, tried; the feasibility of pairs, where it is asked for."""
+    devices = check_trainer(config.trainer)
+    if dataset is not None:
+        check_validation(dataset)
+    space = shapes_space() if dataset is None else dataset.space
+    images = _training_images(config, dataset, space)
+    tried: list[tuple[Any, ...]] = []
+    for trained in dict.fromkeys(row.model for row in wanted_rows(config)):
+        options = change(config.options, trained.changes)
+        key = trained.align, trained.stage, options
+        if key not in tried:
+            tried.append(key)
+            _rehearse(config, trained, options, space, images // devices)
+    table = None if config.world == "closed" else feasibility_table(config, space)
+    if dataset is not None:
+        _decode_all(dataset)
+    return table
+
+
+def _training_images(config: Config, dataset: CompositionDataset | None, space: CompositionSpace) -> int:
+    if dataset is not None:
+        return len(dataset.samples["train"])
+    assert config.shapes is not None
+    return config.shapes.train_per_pair * int(space.seen_mask.sum())
+
+
+@torch.no_grad()
+def _rehearse(config: Config, trained: Trained, options: Options, space: CompositionSpace, images: int) -> None:
+    """Build a model and score a blank image with it; ``images`` are those that each device trains on."""
+    behind = trained.stage == "condense"
+    model = build(options.recipe(config.method, config.encoder, trained.align, condenser=behind), space)
+    if not behind:
+        check_learning(model, options.epochs, config.method)
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    learns = options.epochs and (not behind or options.joint)
+    if normed and learns and images % options.batch_size == 1:
+        raise ValueError(
+            f"expected `options.batch_size` that leaves no batch of one of {images} images, for batch norm, got "
+            f"{options.batch_size}"
+        )
+    size = model.encoder.image_size
+    blank = torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size))
+    if isinstance(model, Condensed):
+        model.bank = new_bank(space.subset(space.pairs[:1]), model.encoder, options.bank)
+    model.eval().scores(blank, space.pairs[:1])
+
+
+def _drawn_dataset(root: Path, config: Config) -> CompositionDataset:
     assert config.shapes is not None
     if not root.exists():
         print(f"drawing the shapes data set in {root}", file=sys.stderr, flush=True)
@@ -72,40 +126,36 @@ def _drawn_dataset(root: Path, config: AblationConfig) -> CompositionDataset:
     return read_dataset(root)
 
 
-def _checked_dataset(root: str) -> CompositionDataset:
-    dataset = read_dataset(root)
-    check_validation(dataset)
-    print(f"decoding all images of {root} once", file=sys.stderr, flush=True)
+def _decode_all(dataset: CompositionDataset) -> None:
+    print(f"decoding all images of {dataset.root} once", file=sys.stderr, flush=True)
     if broken := broken_images(dataset):
         more = f" (and {len(broken) - 1} more; czsl check lists them)" if len(broken) > 1 else ""
         raise DataError(broken[0] + more)
-    return dataset
 
 
-def _rehearse(config: AblationConfig, space: CompositionSpace) -> None:
-    check_trainer(config.trainer)
-    sac = build_sac(config.encoder, space, config.options, condenser=True)
-    size = sac.encoder.image_size
-    blank = torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size))
-    with torch.no_grad():
-        tokens = sac.encoder.encode_tokens(blank)
-        for reduce in get_args(Reduce) if "reductions" in config.studies else ("cls", "max"):
-            build_head(sac.encoder, config.options, reduce)(tokens, tokens[:, 0])
-
-
-def _settings(config: AblationConfig) -> dict[str, Any]:
+def _settings(config: Config, dataset: CompositionDataset | None) -> dict[str, Any]:
     """What is kept in the folder: the configuration, and what the files of the data set say."""
-    settings: dict[str, Any] = json.loads(json.dumps(config.as_dict()))
-    if config.shapes is None:
-        content = b"".join(path.read_bytes() for path in layout_files(Path(config.data)))
-        settings["data_digest"] = hashlib.sha256(content).hexdigest()
-    return settings
+    digest = {} if dataset is None else {"data_digest": labels_digest(dataset.root)}
+    return plain(config.as_dict()) | digest
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As a reader of a JSON file finds them: tuples have become lists."""
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return plain(value)
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     before, now = (dict(_leaves({**OPEN_WORLD, **settings})) for settings in (found, wanted))
+    digest = before.get("data_digest")
+    moved = ("data",) if digest is not None and digest == now.get("data_digest") else ()  # the same data elsewhere
     for name in sorted(before.keys() | now.keys()):
-        if name not in _FREE and before.get(name) != now.get(name):
+        if name not in (*_FREE, *moved) and before.get(name) != now.get(name):
             raise ValueError(
                 f"expected `out` to be new or of the same settings, got {out}, whose {name} is {before.get(name)!r} "
                 f"instead of {now.get(name)!r}"

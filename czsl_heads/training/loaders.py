@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from czsl_heads.training.options import SACOptions
-
 MOST_WORKERS = 8
 
 
@@ -38,28 +36,27 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def train_loader(
-    images: Dataset[Any], options: SACOptions, seed: int, *, rank: int = 0, num_ranks: int = 1
+    images: Dataset[Any], batch_size: int, seed: int, *, workers: int | None = 0, rank: int = 0, num_ranks: int = 1
 ) -> DataLoader[Any]:
-    """Training images, shuffled."""
+    """Training images, shuffled; ``workers`` as :func:`count_workers` takes them."""
     sampler = EpochSampler(len(images), seed=seed, rank=rank, num_ranks=num_ranks)  # type: ignore[arg-type]
-    return _loader(images, options, options.batch_size, sampler)
+    return _loader(images, batch_size, workers, sampler)
 
 
-def eval_loader(images: Dataset[Any], options: SACOptions) -> DataLoader[Any]:
+def eval_loader(images: Dataset[Any], batch_size: int, *, workers: int | None = 0) -> DataLoader[Any]:
     """Images in file order."""
-    return _loader(images, options, options.eval_batch_size, None)
+    return _loader(images, batch_size, workers, None)
 
 
 def _loader(
-    images: Dataset[Any], options: SACOptions, batch_size: int, sampler: EpochSampler | None
+    images: Dataset[Any], batch_size: int, workers: int | None, sampler: EpochSampler | None
 ) -> DataLoader[Any]:
     whole = hasattr(images, "__getitems__")  # in memory: gives whole batches, and workers would only copy it
-    workers = 0 if whole else count_workers(options.workers)
     return DataLoader(
         images,
         batch_size,
         sampler=sampler,
-        num_workers=workers,
+        num_workers=0 if whole else count_workers(workers),
         pin_memory=torch.cuda.is_available() and not whole,  # without, a GPU is waited for at each copy
         collate_fn=_as_it_is if whole else None,
         # Its own, or it would draw from the one that an epoch is seeded with, before that or after.

@@ -81,7 +81,8 @@ def losses_in_parts(
 def _split(batch: Any, size: int) -> list[Any]:
     if isinstance(batch, Tensor):
         return [*batch.split(size)]
-    return [*zip(*(_split(part, size) for part in batch))]
+    parts = zip(*(_split(part, size) for part in batch))
+    return [*(map(batch._make, parts) if hasattr(batch, "_make") else parts)]
 
 
 def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:

@@ -20,7 +20,7 @@ from czsl_heads.functional.feasibility import FeasibilityCurve, Masking, feasibi
 from czsl_heads.metrics.feasibility_search import FeasibilitySearch
 from czsl_heads.prompts.primitives import encode_primitives
 from czsl_heads.space import CompositionSpace
-from czsl_heads.training.config import AblationConfig
+from czsl_heads.training.config import Config
 
 FEASIBILITY = "feasibility.safetensors"
 
@@ -78,7 +78,7 @@ class Thresholds:
         }
 
 
-def feasibility_table(config: AblationConfig, space: CompositionSpace) -> Tensor:
+def feasibility_table(config: Config, space: CompositionSpace) -> Tensor:
     """Feasibility ``[A, O]`` from what the configuration names: a tensor (``.pt``), a text file, or the encoder.
 
     Raises:
@@ -104,7 +104,7 @@ def keep_feasibility(out: Path, table: Tensor) -> None:
         save_file({"feasibility": table.contiguous()}, path)
 
 
-def kept_open_world(out: Path, config: AblationConfig) -> OpenWorld | None:
+def kept_open_world(out: Path, config: Config) -> OpenWorld | None:
     """What the folder of an ablation holds of the open world; None for an ablation without.
 
     Raises:

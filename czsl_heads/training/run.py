@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from czsl_heads._files import whole_file, write_json
-from czsl_heads.adapters.lora import add_lora
-from czsl_heads.adapters.patch_drop import drop_patches
+from czsl_heads._files import read_json, write_json
 from czsl_heads.data.layout import CompositionDataset
-from czsl_heads.encoders.protocol import Encoder
-from czsl_heads.encoders.wrap import wrap
-from czsl_heads.heads.condenser import VACondenser
-from czsl_heads.heads.sparse_align import POOLS, Reduce, SparseAlignHead
-from czsl_heads.models.sac import SAC, TrainStage
-from czsl_heads.space import CompositionSpace
-from czsl_heads.training.evaluate import WORLDS, Evaluation, Readout, World, new_bank
+from czsl_heads.models.condensed import Condensed
+from czsl_heads.models.method import Method
+from czsl_heads.models.recipe import Recipe, build, from_plain
+from czsl_heads.models.saved import WEIGHTS, load_learned, load_model, save_model
+from czsl_heads.training.evaluate import WORLDS, Evaluation, World
 from czsl_heads.training.open_world import OpenWorld
-from czsl_heads.training.options import SACOptions
+from czsl_heads.training.options import Options
+from czsl_heads.training.rows import Readout
 from czsl_heads.training.stage import Stage
+from czsl_heads.training.summary import numbers_of
 from czsl_heads.training.trainer import (
     BestWithin,
     check_trainer,
@@ -38,267 +33,230 @@ from czsl_heads.training.trainer import (
     testing_trainer,
 )
 
-WEIGHTS, BANK, RECORD = "weights.safetensors", "bank.safetensors", "run.json"
-
-
-def build_sac(
-    encoder_name: str,
-    space: CompositionSpace,
-    options: SACOptions,
-    *,
-    reduce: Reduce = "max",
-    condenser: bool = False,
-) -> SAC:
-    """A SAC ready to be trained: frozen CLIP, LoRA on its vision tower, soft prompts, heads."""
-    encoder = wrap(encoder_name)
-    if options.lora_rank:
-        add_lora(
-            encoder,
-            matrices=options.lora_matrices,
-            rank=options.lora_rank,
-            alpha=options.lora_alpha,
-            dropout=options.lora_dropout,
-            layers=options.lora_layers,
-        )
-    if options.patch_drop:
-        drop_patches(encoder, options.patch_drop)
-    gathering = VACondenser(encoder.dim, depth=options.depth, dropout=options.condenser_dropout) if condenser else False
-    return SAC(
-        encoder,
-        space,
-        head=build_head(encoder, options, reduce),
-        condenser=gathering,
-        bank=False,
-        context=options.context,
-        prompt_dropout=options.prompt_dropout,
-        fusion=options.fusion,
-        alpha=options.alpha,
-        beta=options.beta,
-        gamma=options.gamma,
-        direction=options.direction,
-        checkpoint=options.checkpoint,
-    )
-
-
-def build_head(encoder: Encoder, options: SACOptions, reduce: Reduce) -> SparseAlignHead:
-    """The alignment head that the options describe."""
-    return SparseAlignHead(
-        reduce,
-        k=options.topk if reduce == "topk" else None,
-        temperature=options.temperature,
-        dim=encoder.dim if reduce in POOLS else None,
-        include_cls=options.include_cls,
-        cls_weight=options.cls_weight,
-        logit_scale=encoder.logit_scale,
-    )
+RECORD, CHECKPOINTS = "training.json", "checkpoints"
 
 
 def train_model(
     folder: Path,
     dataset: CompositionDataset,
-    options: SACOptions,
-    readouts: dict[str, Readout],
+    recipe: Recipe,
+    options: Options,
+    readouts: Mapping[str, Readout],
     *,
-    encoder: str = "tiny",
-    reduce: Reduce = "max",
-    stage: TrainStage = "align",
     base: Path | None = None,
     extra_epochs: int = 0,
     seed: int = 0,
     trainer: dict[str, Any] | None = None,
     open_world: OpenWorld | None = None,
+    about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train and test one model; a run that was interrupted goes on from its last whole epoch.
+    """Train and test one model; a training that was interrupted goes on from its last whole epoch.
 
     Args:
-        folder: Of this run. A finished run there is not repeated: its record is returned.
+        folder: Of this model. A finished training there is not repeated; only ways to score that it lacks are added.
         dataset: Data set to train, validate and test on.
-        options: What is trained, and how.
-        readouts: Ways to score the test images.
-        encoder: A name that :func:`czsl_heads.wrap` takes.
-        reduce: Reduction of the :class:`~czsl_heads.SparseAlignHead`.
-        stage: ``"align"`` has no condenser; ``"condense"`` trains one on the frozen model of ``base``; ``"joint"``
-            trains both at once.
-        base: Folder of the finished run that ``"condense"`` starts from.
-        extra_epochs: Of ``"align"``: trained on behind ``options.epochs``, for a second result with the longer budget.
+        recipe: What the model is made of. With a condenser, and not joint, the condenser alone is trained.
+        options: How it is trained.
+        readouts: Ways to score the test images, by the names that they get in the record; all their numbers are known.
+        base: Folder of the finished model whose method is taken over.
+        extra_epochs: Trained on behind ``options.epochs``, for a second result with the longer budget.
         seed: Decides initialisation, order, augmentation and dropout.
         trainer: Arguments of ``lightning.Trainer``, such as ``precision="bf16-mixed"``, ``accelerator``, ``devices``.
         open_world: Also test with the scores of the open world masked by feasibility.
+        about: What else the model's card says of the data.
 
     Returns:
-        The record: settings, and by budget (``"best"``, and ``"longer"`` with ``extra_epochs``) the best epoch, its
-        validation AUC, the results on the test images by readout, world and protocol, and the modality gap; with
-        ``open_world`` also world ``"feasible"``, and by readout what the search for the threshold found.
+        The record: settings, and by budget (``"best"``, and ``"longer"`` with ``extra_epochs``) the best epoch, the
+        number that it was selected by, the results on the test images by readout, world and protocol, and the modality
+        gap; with ``open_world`` also world ``"feasible"``, and by readout what the search for the threshold found.
 
     Raises:
-        KeyboardInterrupt: The run was interrupted; calling again resumes it.
+        ValueError: There are epochs, and nothing to train.
+        KeyboardInterrupt: The training was interrupted; calling again resumes it.
     """
-    record_path = folder / RECORD
-    if record_path.exists():
-        record: dict[str, Any] = json.loads(record_path.read_text())
-        return record
+    if (folder / RECORD).exists():
+        return _completed(folder, dataset, readouts, trainer=trainer, open_world=open_world)
     lightning.seed_everything(seed, verbose=False)
-    sac = build_sac(encoder, dataset.space, options, reduce=reduce, condenser=stage != "align")
+    model = build(recipe, dataset.space)
     if base is not None:
-        load_weights(sac, base / WEIGHTS, partial=True)
-    budgets = _budgets(options, stage, extra_epochs)
-    learned = _learned(sac)
-    module = Stage(sac, dataset, options, stage=stage, seed=seed)
-    checkpoints = [BestWithin(folder / "checkpoints", name, epochs=epochs) for name, epochs in budgets.items()]
-    fitter = fitting_trainer(
-        folder, options, len(dataset.samples["train"]), checkpoints, max(budgets.values()), trainer or {}
-    )
-    last = folder / "checkpoints" / "last.ckpt"
-    results = {}
+        load_learned(getattr(model, "method", model), base / WEIGHTS)
+    epochs = _epochs(model, options, extra_epochs)
+    learned = check_learning(model, epochs["best"], recipe.method)
+    module = Stage(model, dataset, options, seed=seed)
+    fitter, checkpoints = _fitter(folder, module, epochs, trainer or {})
+
+    results: dict[str, Any] = {}
     with quiet(), interruptible():
-        fitter.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
-        for name, checkpoint in reversed([*zip(budgets, checkpoints)]):  # "best" comes last, and stays in the model
-            best = torch.load(checkpoint.best_model_path, weights_only=True, map_location="cpu")
-            module.load_state_dict(best["state_dict"], strict=False)
-            tested = _test(sac, dataset, options, readouts, fitter, folder, open_world)
-            results[name] = _epoch(checkpoint, best) | tested
+        if epochs["best"]:
+            last = folder / CHECKPOINTS / "last.ckpt"
+            fitter.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
+        for name in reversed(epochs):  # "best" comes last, and stays in the model
+            chosen = _take_best(module, checkpoints[name]) if epochs["best"] else _UNTRAINED
+            results[name] = chosen | _test(model, dataset, options, readouts, fitter, open_world)
     record = {
-        "encoder": encoder,
-        "reduce": reduce,
-        "stage": stage,
+        "recipe": recipe.as_dict(),
         "seed": seed,
-        "options": asdict(options),
-        "space": _space_record(dataset.space),
-        "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "options": options.as_dict(),
+        "trainable_parameters": learned,
         "budgets": dict(reversed(results.items())),
     }
     if is_main_process():
-        with whole_file(folder / WEIGHTS) as path:
-            save_file({name: sac.get_parameter(name).detach().cpu().contiguous() for name in learned}, path)
-        record = write_json(record_path, record)  # last: it marks the run as finished
+        model.record = _about(about or {}, record, readouts)
+        save_model(model, folder)
+        record = write_json(folder / RECORD, record)  # last: it marks the training as finished
     fitter.strategy.barrier()  # no process may look for the record before it is there
     return record
 
 
-def _budgets(options: SACOptions, stage: TrainStage, extra_epochs: int) -> dict[str, int]:
+_UNTRAINED: dict[str, Any] = {"best_epoch": None, "selected": None}
+
+
+def check_learning(model: Method, epochs: int, method: str) -> int:
+    """How many parameters are trained; ValueError where there are epochs, and none."""
+    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if epochs and not learned:
+        raise ValueError(f"expected `options.epochs` to be 0 for {method}, which learns nothing, got {epochs}")
+    return learned
+
+
+def _epochs(model: Method, options: Options, extra_epochs: int) -> dict[str, int]:
     """Epochs by the name of the budget, ascending."""
-    if stage == "condense":
-        return {"best": options.extra_epochs}
-    if stage == "joint":
-        return {"best": options.epochs + options.extra_epochs}
-    longer = {"longer": options.epochs + extra_epochs} if extra_epochs else {}
+    if isinstance(model, Condensed):
+        return {"best": options.extra_epochs + (options.epochs if model.joint else 0)}
+    longer = {"longer": options.epochs and options.epochs + extra_epochs} if extra_epochs else {}
     return {"best": options.epochs, **longer}
 
 
-def _learned(sac: SAC) -> list[str]:
-    """What is trained in some stage, and so belongs into a file of weights."""
-    return [name for name, parameter in sac.named_parameters() if parameter.requires_grad]
+def _fitter(
+    folder: Path, module: Stage, epochs: dict[str, int], flags: dict[str, Any]
+) -> tuple[lightning.Trainer, dict[str, BestWithin]]:
+    """The trainer, and what keeps the best epoch of each budget; where there are no epochs, one that writes nothing."""
+    if not epochs["best"]:
+        with quiet():
+            return testing_trainer(flags), {}
+    options = module.options
+    kept = {name: BestWithin(folder / CHECKPOINTS, name, epochs=count) for name, count in epochs.items()}
+    batches = math.ceil(len(module.dataset.samples["train"]) / options.batch_size)
+    longest = max(epochs.values())
+    settings: dict[str, Any] = {"epochs": longest, "batches": batches, "accumulate": options.accumulate}
+    return fitting_trainer(folder, [*kept.values()], **settings, flags=flags), kept
 
 
-def _epoch(checkpoint: ModelCheckpoint, best: dict[str, Any]) -> dict[str, Any]:
+def _take_best(module: Stage, checkpoint: ModelCheckpoint) -> dict[str, Any]:
+    """Go back to the epoch that was chosen, and tell which it was."""
+    best = torch.load(checkpoint.best_model_path, weights_only=True, map_location="cpu")
+    module.load_state_dict(best["state_dict"], strict=False)
     score = checkpoint.best_model_score
-    return {
-        "best_epoch": int(best["epoch"]) + 1,
-        "validation_auc": None if score is None or not score.isfinite() else score.item(),
-    }
+    selected = None if score is None or not score.isfinite() else score.item()
+    return {"best_epoch": int(best["epoch"]) + 1, "selected": selected}
 
 
 def _test(
-    sac: SAC,
+    model: Method,
     dataset: CompositionDataset,
-    options: SACOptions,
-    readouts: dict[str, Readout],
+    options: Options,
+    readouts: Mapping[str, Readout],
     fitter: lightning.Trainer,
-    folder: Path,
     open_world: OpenWorld | None,
 ) -> dict[str, Any]:
-    evaluation = Evaluation(sac, dataset, options, readouts, open_world=open_world)
+    if not readouts:
+        return {"test": {}, "gap": {}, "rejected": 0}
+    evaluation = Evaluation(model, dataset, options, dict(readouts), open_world=open_world)
     fitter.test(evaluation, verbose=False)
-    if any(plan.slots == options.slots for plan in evaluation.plans) and is_main_process():
-        with whole_file(folder / BANK) as path:
-            save_file(evaluation.filled_bank("closed", options.slots).cpu().state_dict(), path)
-    found = {"test": as_dicts(evaluation), "gap": evaluation.gap, "rejected": evaluation.rejected}
-    return found if evaluation.thresholds is None else found | {"feasibility": evaluation.thresholds.as_dicts()}
+    _keep_bank(model, evaluation)
+    return _tested(evaluation)
 
 
-def as_dicts(evaluation: Evaluation) -> dict[str, Any]:
-    """The results of an evaluation, for a JSON file: by readout, world and protocol."""
-    return {
-        name: {
-            world: {protocol: result.as_dict() for protocol, result in by_protocol.items()}
-            for world, by_protocol in by_world.items()
-        }
-        for name, by_world in evaluation.results.items()
-    }
+def _keep_bank(model: Method, evaluation: Evaluation) -> bool:
+    """Give the model the bank that its readouts read; whether there is one."""
+    slots = evaluation.options.bank.slots
+    if not isinstance(model, Condensed) or all(plan.slots != slots for plan in evaluation.plans):
+        return False
+    model.bank = evaluation.filled_bank("closed", slots)
+    return True
+
+
+def _tested(evaluation: Evaluation) -> dict[str, Any]:
+    found = {"test": _short_curves(evaluation.as_dicts()), "gap": evaluation.gap, "rejected": evaluation.rejected}
+    thresholds = evaluation.thresholds
+    return found if thresholds is None else found | {"feasibility": thresholds.as_dicts()}
+
+
+def _short_curves(test: dict[str, Any]) -> dict[str, Any]:
+    """Curves to five digits, which tell shares of up to 100,000 images apart; all else as it is."""
+
+    def shortened(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: _rounded(each) if name == "curve" else shortened(each) for name, each in value.items()}
+        return value
+
+    short: dict[str, Any] = shortened(test)
+    return short
+
+
+def _rounded(curve: list[list[float | None]]) -> list[list[float | None]]:
+    return [[None if value is None else round(value, 5) for value in point] for point in curve]
+
+
+def _completed(
+    folder: Path,
+    dataset: CompositionDataset,
+    readouts: Mapping[str, Readout],
+    *,
+    trainer: dict[str, Any] | None,
+    open_world: OpenWorld | None,
+) -> dict[str, Any]:
+    """The record of a finished training, with ways to score that it lacked."""
+    record: dict[str, Any] = read_json(folder / RECORD)
+    best = record["budgets"]["best"]
+    missing = {name: readout for name, readout in readouts.items() if name not in best["test"]}
+    if not missing:
+        return record
+    evaluation = evaluate_model(folder, dataset, missing, trainer=trainer, open_world=open_world)
+    found = _tested(evaluation)
+    best["test"] |= found["test"]
+    if "feasibility" in found:
+        best["feasibility"] = best.get("feasibility", {}) | found["feasibility"]
+    best["gap"] = best["gap"] or found["gap"]
+    best["rejected"] = max(best["rejected"], found["rejected"])
+    if is_main_process():
+        if _keep_bank(evaluation.model, evaluation):
+            save_model(evaluation.model, folder)
+        record = write_json(folder / RECORD, record)
+    return record
 
 
 def evaluate_model(
     folder: Path,
     dataset: CompositionDataset,
-    readouts: dict[str, Readout],
+    readouts: Mapping[str, Readout],
     *,
     split: str = "test",
     worlds: tuple[World, ...] = WORLDS,
     trainer: dict[str, Any] | None = None,
+    open_world: OpenWorld | None = None,
 ) -> Evaluation:
-    """Score a finished run in other ways, in one pass; nothing is written."""
-    record = json.loads((folder / RECORD).read_text())
-    options = SACOptions(**record["options"])
-    evaluation = Evaluation(load_run(folder), dataset, options, readouts, split=split, worlds=worlds)
+    """Score a finished model in other ways, in one pass; nothing is written."""
+    options = recorded_options(folder)
+    model = load_model(folder)
+    evaluation = Evaluation(
+        model, dataset, options, dict(readouts), split=split, worlds=worlds, open_world=open_world
+    )
     check_trainer(trainer or {})
     with quiet(), interruptible():
         testing_trainer(trainer or {}).test(evaluation, verbose=False)
     return evaluation
 
 
-def load_run(folder: Path) -> SAC:
-    """The trained model of a finished run, in eval mode, with its memory bank if it has one.
-
-    Raises:
-        ValueError: The files do not fit together.
-        OSError: A file is missing.
-    """
-    record = json.loads((folder / RECORD).read_text())
-    space, options = _recorded_space(record["space"]), SACOptions(**record["options"])
-    aligned = record["stage"] == "align"
-    sac = build_sac(record["encoder"], space, options, reduce=record["reduce"], condenser=not aligned)
-    load_weights(sac, folder / WEIGHTS)
-    if (folder / BANK).exists():
-        bank = new_bank(space, sac.encoder.dim, sac, options)
-        bank.load_state_dict(_tensors(folder / BANK))
-        sac.use_bank(bank, space)
-    return sac.eval()
+def recorded_options(folder: Path) -> Options:
+    """The options that the model of a folder was trained with."""
+    return from_plain(Options, read_json(folder / RECORD)["options"], "options")
 
 
-def load_weights(sac: SAC, path: Path, *, partial: bool = False) -> None:
-    """Load what a run has learned; with ``partial`` the file may lack parts of the model.
-
-    Raises:
-        ValueError: The file has other names or shapes than the model.
-    """
-    found = _tensors(path)
-    wanted = {name: sac.get_parameter(name).shape for name in _learned(sac)}
-    if partial:
-        wanted = {name: shape for name, shape in wanted.items() if name in found}
-    shapes = {name: tensor.shape for name, tensor in found.items()}
-    if wanted != shapes:
-        odd = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
-        raise ValueError(f"expected weights of this model in {path}, got other names or shapes: {', '.join(odd)}")
-    sac.load_state_dict(found, strict=False)
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"expected tensors of a run in {path}, got a damaged file ({error})") from error
-
-
-def _space_record(space: CompositionSpace) -> dict[str, Any]:
-    return {
-        "attributes": list(space.attributes),
-        "objects": list(space.objects),
-        "pairs": space.pairs.tolist(),
-        "seen": space.seen_mask.tolist(),
-    }
-
-
-def _recorded_space(record: dict[str, Any]) -> CompositionSpace:
-    pairs = [(attr, obj) for attr, obj in record["pairs"]]
-    seen, unseen = ([pair for pair, mark in zip(pairs, record["seen"]) if mark is kind] for kind in (True, False))
-    return CompositionSpace(record["attributes"], record["objects"], seen=seen, unseen=unseen).subset(pairs)
+def _about(about: dict[str, Any], record: dict[str, Any], readouts: Mapping[str, Readout]) -> dict[str, Any]:
+    """What a saved model knows of its training: numbers are of its richest readout that keeps test images out."""
+    inductive = [name for name, readout in readouts.items() if not (readout.bank and readout.bank.updates)]
+    best = record["budgets"]["best"]
+    test = numbers_of(best["test"][inductive[-1]]) if inductive else None
+    known = {"seed": record["seed"], "epoch": best["best_epoch"], "selection": record["options"]["selection"]}
+    return {**about, **known, "test": test, "transductive": False}

@@ -1,4 +1,4 @@
-"""The training stages on Lightning: what is trained, on which texts, and validation by AUC."""
+"""A training stage on Lightning: what is trained, on which texts, and the number by which an epoch is chosen."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from torch.utils.data import DataLoader
 
 from czsl_heads.data.layout import CompositionDataset, DataError
 from czsl_heads.metrics.czsl_score import CZSLScore
-from czsl_heads.models.sac import SAC, BranchLogits, SACOutput, SpaceTexts, TrainStage
+from czsl_heads.models.condensed import Condensed
+from czsl_heads.models.method import Method
+from czsl_heads.prompts.soft import TextFeatures
 from czsl_heads.training.cache import CACHE_BYTES, EncodedImages, encode_images
 from czsl_heads.training.evaluate import PROTOCOLS
 from czsl_heads.training.loaders import eval_loader, train_loader
 from czsl_heads.training.micro_batch import losses_in_parts
-from czsl_heads.training.options import SACOptions
+from czsl_heads.training.options import Options
+from czsl_heads.training.trainer import SELECTED
 
 
 def check_validation(dataset: CompositionDataset) -> None:
@@ -33,132 +36,154 @@ def check_validation(dataset: CompositionDataset) -> None:
 
 
 class Stage(lightning.LightningModule):
-    """Trains :class:`~czsl_heads.SAC` over the seen pairs, and validates it over the pairs of the data set.
+    """Trains a method over the seen pairs, and validates it over the pairs of the data set.
 
-    In stage ``"condense"`` the condenser alone is trained: everything else is frozen and in eval mode, so that the
-    teacher is deterministic; texts are encoded once, and images too where nothing random stands before that.
+    Behind a frozen method (:class:`~czsl_heads.models.condensed.Condensed`, unless joint) the condenser alone is
+    trained: texts are encoded once, and images too where nothing random stands before that.
 
-    Checkpoints hold the trainable parameters only. Every epoch starts from a generator seeded by (seed, epoch), so one
-    that was interrupted gives the same numbers when it is run again.
+    Checkpoints hold all but frozen parameters. Every epoch starts from a generator seeded by (seed, epoch), so one that
+    was interrupted gives the same numbers when it is run again.
+
+    Args:
+        model: What is trained.
+        dataset: To train and validate on.
+        options: How.
+        seed: Decides order, augmentation and dropout.
     """
 
-    def __init__(
-        self, sac: SAC, dataset: CompositionDataset, options: SACOptions, *, stage: TrainStage = "align", seed: int
-    ) -> None:
+    def __init__(self, model: Method, dataset: CompositionDataset, options: Options, *, seed: int) -> None:
         super().__init__()
         check_validation(dataset)
-        self.sac, self.dataset, self.options, self.stage, self.seed = sac, dataset, options, stage, seed
+        self.model, self.dataset, self.options, self.seed = model, dataset, options, seed
+        self.behind = model if isinstance(model, Condensed) and not model.joint else None
         self.strict_loading = False
         space = dataset.space
         self.train_space = space.subset(space.seen_mask)
         self.register_buffer("_train_column", torch.full((len(space),), -1), persistent=False)
         self.get_buffer("_train_column")[space.seen_mask] = torch.arange(len(self.train_space))
-        self._train_texts: SpaceTexts | None = None
-        self._val_texts: SpaceTexts | None = None
+        self._train_texts: TextFeatures | None = None
+        self._val_texts: TextFeatures | None = None
         self._encoded: dict[str, EncodedImages] = {}
         self._scores: dict[str, CZSLScore] = {}
-        # Lightning keeps the modes it is given, and a wrapped CLIP comes in eval mode.
-        self.train(stage != "condense")
-        if stage == "condense":
-            assert sac.condenser is not None
-            self.requires_grad_(False)
-            sac.condenser.train().requires_grad_(True)
+        self._loss_sum = torch.zeros((), dtype=torch.float64)
+        self.train()  # Lightning keeps the modes it is given, and a wrapped CLIP comes in eval mode
 
     def train_dataloader(self) -> DataLoader[Any]:
         ranks = {"rank": self.global_rank, "num_ranks": self.trainer.world_size}
-        augment = self.stage != "condense" or self.options.condense_augment
-        images = self._encoded.get("train") or self.dataset.images(
-            "train", self.sac.encoder.transform(train=augment), seed=self.seed
-        )
-        return train_loader(images, self.options, self.seed, **ranks)
+        augment = self.behind is None or self.options.condense_augment
+        transform = self.model.encoder.transform(train=augment)
+        images = self._encoded.get("train") or self.dataset.images("train", transform, seed=self.seed)
+        return train_loader(images, self.options.batch_size, self.seed, workers=self.options.workers, **ranks)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        images = self._encoded.get("val") or self.dataset.images("val", self.sac.encoder.transform())
-        return eval_loader(images, self.options)
+        images = self._encoded.get("val") or self.dataset.images("val", self.model.encoder.transform())
+        return eval_loader(images, self.options.eval_batch_size, workers=self.options.workers)
 
     def configure_optimizers(self) -> Any:
         options = self.options
         rate = options.learning_rate
-        if self.stage == "condense" and options.condense_learning_rate is not None:
+        if self.behind is not None and options.condense_learning_rate is not None:
             rate = options.condense_learning_rate
-        trainable = [parameter for parameter in self.sac.parameters() if parameter.requires_grad]
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(trainable, lr=rate, weight_decay=options.weight_decay)
+        if options.decay_every is None:
+            return optimizer
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, options.decay_every, options.decay_factor)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def on_fit_start(self) -> None:
-        if self.stage != "condense":
+        if self.behind is None:
             return
+        method = self.behind.method
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            self._train_texts, self._val_texts = (self.sac.texts(s) for s in (self.train_space, self.dataset.space))
-            self._encode_once("val", self._val_texts)
+            spaces = self.train_space, self.dataset.space
+            self._train_texts, self._val_texts = (method.texts(each.pairs_on(self.device)) for each in spaces)
+            self._encode_once(method, "val", self._val_texts)
             if not self.options.condense_augment:
-                self._encode_once("train", self._train_texts)
+                self._encode_once(method, "train", self._train_texts)
 
-    def _encode_once(self, split: str, texts: SpaceTexts) -> None:
+    def _encode_once(self, method: Method, split: str, texts: TextFeatures) -> None:
         if self.options.cache is False:
             return
         used = sum(encoded.num_bytes for encoded in self._encoded.values())
         limit = None if self.options.cache else CACHE_BYTES - used
-        loader = eval_loader(self.dataset.images(split, self.sac.encoder.transform()), self.options)
-        dtype = next(self.sac.parameters()).dtype  # half with Lightning's precision "bf16-true"
-        encoded = encode_images(self.sac, loader, texts, device=self.device, dtype=dtype, limit=limit)
+        images = self.dataset.images(split, method.encoder.transform())
+        loader = eval_loader(images, self.options.eval_batch_size, workers=self.options.workers)
+        dtype = next(self.model.parameters()).dtype  # half with Lightning's precision "bf16-true"
+        encoded = encode_images(method, loader, texts, device=self.device, dtype=dtype, limit=limit)
         if encoded is not None:
             self._encoded[split] = encoded
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * 1_009 + self.global_rank)
+        if self.current_epoch:
+            # Lightning sets modes around train(), with which a method may have plans of its own.
+            self.model.eval()
+            self.model.train()
 
-    def _compare(self, batch: tuple[Any, ...], texts: SpaceTexts) -> SACOutput:
-        """Of images, or of images that were encoded before."""
+    def _compare(self, batch: Any, texts: TextFeatures) -> Any:
+        """Logits of images, or of images that were encoded before."""
         if len(batch) == 3:
-            tokens, logits, _ = batch
-            return self.sac.compare(tokens, texts, sa=BranchLogits(*logits))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.stage != "condense"):
-            tokens = self.sac.encode(batch[0])
-        return self.sac.compare(tokens, texts)
+            assert self.behind is not None
+            encoded, aligned, _ = batch
+            return self.behind.compare(encoded, texts, aligned=aligned)[0]
+        return self.model.compare(self.model.encode(batch[0]), texts)[0]
 
-    def training_step(self, batch: tuple[Any, ...]) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         size = len(batch[-1])
-        texts = self._train_texts or self.sac.texts(self.train_space)
+        texts = self._train_texts or self.model.texts(self.train_space.pairs_on(self.device))
         part = self.options.micro_batch or size
         losses = self._losses(batch, texts) if part >= size else self._losses_in_parts(batch, texts)
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=size)
         self.log("loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=size)
-        return losses["loss"]
+        share = self._share(batch_idx)
+        return losses["loss"] if share == 1 else losses["loss"] * share
 
-    def _losses(self, batch: tuple[Any, ...], texts: SpaceTexts) -> dict[str, Tensor]:
+    def _share(self, batch_idx: int) -> float:
+        """What makes up for Lightning's division by ``accumulate`` in an incomplete last group."""
+        batches, group = int(self.trainer.num_training_batches), self.options.accumulate
+        incomplete = batch_idx >= batches - batches % group
+        return group / (batches % group) if incomplete and self.options.incomplete_group == "mean" else 1.0
+
+    def _losses(self, batch: Any, texts: TextFeatures) -> dict[str, Tensor]:
         target = self.get_buffer("_train_column")[batch[-1]]
-        return self.sac.losses(self._compare(batch, texts), target, stage=self.stage)
+        pairs = self.train_space.pairs_on(self.device)
+        return self.model.losses(self._compare(batch, texts), pairs, target)
 
-    def _losses_in_parts(self, batch: tuple[Any, ...], texts: SpaceTexts) -> dict[str, Tensor]:
+    def _losses_in_parts(self, batch: Any, texts: TextFeatures) -> dict[str, Tensor]:
         assert self.options.micro_batch is not None
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         return losses_in_parts(
-            lambda part, features: self._losses(part, SpaceTexts(texts.space, features)),
+            self._losses,
             batch,
-            texts.features,
-            [parameter for parameter in self.sac.parameters() if parameter.requires_grad],
+            texts,
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             size=self.options.micro_batch,
             scale=1.0 if scaler is None else scaler.get_scale(),
         )
 
     def on_validation_epoch_start(self) -> None:
-        if self.stage != "condense":
+        space, mask = self.dataset.space, self.dataset.eval_mask("val")
+        if self.behind is None:
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                self._val_texts = self.sac.texts(self.dataset.space)
-        mask = self.dataset.eval_mask("val")
+                self._val_texts = self.model.texts(space.pairs_on(self.device))
         # Every process evaluates all images, in file order: there is nothing to gather.
         self._scores = {
-            protocol: CZSLScore(self.dataset.space, eval_mask=mask, protocol=protocol, sync_on_compute=False)
+            protocol: CZSLScore(space, eval_mask=mask, protocol=protocol, sync_on_compute=False)
             for protocol in PROTOCOLS
         }
+        self._loss_sum.zero_()
 
-    def validation_step(self, batch: tuple[Any, ...]) -> None:
+    def validation_step(self, batch: Any) -> None:
         assert self._val_texts is not None
-        scores = self._compare(batch, self._val_texts).scores.cpu()
+        pairs, columns = self.dataset.space.pairs_on(self.device), batch[-1]
+        logits = self._compare(batch, self._val_texts)
+        scores = self.model.fuse(logits, pairs).cpu()
         for score in self._scores.values():
-            score.update(scores, batch[-1].cpu())
+            score.update(scores, columns.cpu())
+        if self.options.selection == "loss":
+            loss = self.model.validation_losses(logits, pairs, columns)["loss"]
+            self._loss_sum += loss.cpu().double() * len(columns)
 
     def on_validation_epoch_end(self) -> None:
         result = self._scores["standard"].compute()
@@ -166,8 +191,16 @@ class Stage(lightning.LightningModule):
         self.log("val/auc", result.auc, prog_bar=True)
         self.log_dict({f"val/{name}": value for name, value in values.items()})
         self.log("val/auc_exact", self._scores["exact"].compute().auc)
+        self.log(SELECTED, self._selected(result.auc))
+
+    def _selected(self, auc: float) -> float:
+        """The number by which epochs are compared, the larger the better."""
+        loss = self._loss_sum.item() / len(self.dataset.samples["val"])
+        found = {"auc": auc, "loss": -loss, "last": float(self.current_epoch)}[self.options.selection]
+        digits = self.options.selection_digits
+        return found if digits is None else round(found, digits)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in trainable}
+        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in frozen}

@@ -30,6 +30,20 @@ def summary_of(tests: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def differences_of(tests: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, Any]:
+    """Paired differences over seeds of each number, by world and protocol; of the worlds that both have."""
+
+    def paired(world: str, protocol: str, name: str) -> dict[str, float | None]:
+        values, against = ([test[world][protocol][name] for test in each] for each in (tests, others))
+        return paired_difference(values, against)
+
+    return {
+        world: {protocol: {name: paired(world, protocol, name) for name in SUMMARY} for protocol in PROTOCOLS}
+        for world in tests[0]
+        if world in others[0]
+    }
+
+
 def spread(values: list[float | None]) -> dict[str, float | None]:
     """The deviation is None for one seed; both are None where a number does not exist (no unseen test images, say)."""
     numbers = [value for value in values if value is not None]

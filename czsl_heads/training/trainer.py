@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from czsl_heads.training.options import SACOptions
-
+SELECTED = "val/selected"  # what an epoch is chosen by: the larger the better
 _SETTINGS: dict[str, Any] = {
     "devices": 1,
     "num_sanity_val_steps": 0,
@@ -43,7 +41,7 @@ class BestWithin(_Checkpoint):
     """Keeps the best of the first epochs; later ones are trained for other rows of a table."""
 
     def __init__(self, folder: Path, name: str, *, epochs: int) -> None:
-        super().__init__(folder, name, monitor="val/auc", mode="max", enable_version_counter=False)
+        super().__init__(folder, name, monitor=SELECTED, mode="max", enable_version_counter=False)
         self.epochs = epochs  # the trainer validates once an epoch: the flags that change that are refused
 
     @property
@@ -65,11 +63,11 @@ def testing_trainer(flags: dict[str, Any]) -> lightning.Trainer:
     return lightning.Trainer(**{**_SETTINGS, **flags, "logger": False, "enable_checkpointing": False})
 
 
-def check_trainer(flags: dict[str, Any]) -> None:
-    """Raise ValueError if ``lightning.Trainer`` does not take these flags here."""
+def check_trainer(flags: dict[str, Any]) -> int:
+    """How many devices train; ValueError if ``lightning.Trainer`` does not take these flags here."""
     try:
         with quiet():
-            testing_trainer(flags)
+            return int(testing_trainer(flags).world_size)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ValueError(
             f"expected `trainer` to hold flags that lightning.Trainer takes, got {flags}: {error}"
@@ -77,16 +75,19 @@ def check_trainer(flags: dict[str, Any]) -> None:
 
 
 def fitting_trainer(
-    folder: Path,
-    options: SACOptions,
-    images: int,
-    best: Sequence[ModelCheckpoint],
-    epochs: int,
-    flags: dict[str, Any],
+    folder: Path, best: Sequence[ModelCheckpoint], *, epochs: int, batches: int, accumulate: int, flags: dict[str, Any]
 ) -> lightning.Trainer:
-    """A trainer of a run in ``folder`` over so many ``images``: it logs, and keeps the ``best`` and the last epoch."""
-    steps = math.ceil(images / options.batch_size)
-    settings = {**_SETTINGS, **flags, "max_epochs": epochs, "log_every_n_steps": min(10, steps)}
+    """A trainer of a model in ``folder``: it logs, and keeps the ``best`` and the last epoch.
+
+    Args:
+        folder: Where logs and checkpoints go.
+        best: What keeps epochs that are chosen.
+        epochs, batches: How many, and how many batches an epoch has.
+        accumulate: Batches in a step of the optimiser.
+        flags: Of Lightning's Trainer.
+    """
+    settings = {**_SETTINGS, **flags, "max_epochs": epochs, "log_every_n_steps": min(10, batches)}
+    settings["accumulate_grad_batches"] = accumulate
     # The last of the callbacks, so that it holds the state of the others.
     last = _Checkpoint(folder / "checkpoints", "last", enable_version_counter=False)
     with quiet():

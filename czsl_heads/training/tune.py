@@ -1,18 +1,15 @@
-"""The weights of the fusion, chosen on validation images from one pass a seed."""
+"""The weights of the fusion, chosen on validation images from one pass for each seed."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 from czsl_heads._files import write_json
 from czsl_heads.data.layout import CompositionDataset
-from czsl_heads.training.evaluate import BankPlan, Readout
-from czsl_heads.training.options import SACOptions
-from czsl_heads.training.plans import VAC_KL
-from czsl_heads.training.run import RECORD, evaluate_model
+from czsl_heads.training.rows import BankPlan, Readout
+from czsl_heads.training.run import evaluate_model, recorded_options
 from czsl_heads.training.trainer import is_main_process
 
 TUNED = "tune.json"
@@ -20,23 +17,24 @@ BETAS = tuple(step / 10 for step in range(11))
 GAMMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
-def tune(run: Path, dataset: CompositionDataset, seeds: list[int], trainer: dict[str, Any]) -> dict[str, Any]:
-    """Score the validation images of a finished ablation by every beta and gamma, the memory bank being frozen.
+def tune(run: Path, dataset: CompositionDataset, model: str, seeds: list[int], trainer: dict[str, Any]) -> dict[str, Any]:
+    """Score the validation images of a finished training by every beta and gamma, the memory bank being frozen.
 
     Args:
-        run: Folder of the ablation.
+        run: Folder of the command.
         dataset: Its data set.
+        model: Which of its models, by folder; it has a condenser.
         seeds: Which of its seeds; the AUC is averaged over them.
         trainer: Flags of Lightning's Trainer.
 
     Returns:
         What is also written to ``tune.json`` in ``run``: the ``grid`` of mean validation AUCs (closed world, standard
-        protocol), the ``best`` of them, and what the ablation ``used``. Of equals the smallest gamma, then the largest
+        protocol), the ``best`` of them, and what the command ``used``. Of equals the smallest gamma, then the largest
         beta is taken: the least machinery.
     """
-    folders = [run / f"seed{seed}" / VAC_KL.folder for seed in seeds]
-    options = SACOptions(**json.loads((folders[0] / RECORD).read_text())["options"])
-    plan = BankPlan(options.slots)
+    folders = [run / f"seed{seed}" / model for seed in seeds]
+    options = recorded_options(folders[0])
+    plan = BankPlan(options.bank.slots)
     weights = [(beta, gamma) for gamma in _with(GAMMAS, options.gamma) for beta in _with(BETAS, options.beta)]
     readouts = {f"{beta} {gamma}": Readout(beta, gamma, plan) for beta, gamma in weights}
     passes = [
@@ -53,7 +51,7 @@ def tune(run: Path, dataset: CompositionDataset, seeds: list[int], trainer: dict
     ]
     best = max(grid, key=lambda point: (point["auc"], -point["gamma"], point["beta"]))
     used = next(point for point in grid if (point["beta"], point["gamma"]) == (options.beta, options.gamma))
-    content = {"seeds": seeds, "slots": options.slots, "best": best, "used": used, "grid": grid}
+    content = {"seeds": seeds, "model": model, "slots": options.bank.slots, "best": best, "used": used, "grid": grid}
     if is_main_process():
         write_json(run / TUNED, content)
     return content
