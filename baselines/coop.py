@@ -29,7 +29,8 @@ class CoOp(PairMethod):
         official: Reproduce the released code. On a CPU its numbers are those of the clean reading, so that this only
             runs each prompt whole (``encode="plain"``), which is nearest in rounding.
         half_logits: Logits rounded to float16; the released code does so on a GPU.
-        encode, checkpoint: Of :class:`~czsl_heads.prompts.soft.SoftPrompts`.
+        encode: Of :class:`~czsl_heads.prompts.soft.SoftPrompts`.
+        checkpoint: Keep no activations of the blocks of both towers in training but run them again.
 
     Shape:
         images [batch, 3, height, width], pairs [K, 2] long (attribute index, object index); to logits [batch, K].
@@ -62,7 +63,9 @@ class CoOp(PairMethod):
         checkpoint: bool = False,
     ) -> None:
         super().__init__(encoder, space, align=align, half_logits=half_logits)
-        check_kind("official", official, bool)
+        for name, switch in (("official", official), ("checkpoint", checkpoint)):
+            check_kind(name, switch, bool)
+        self.checkpoint = checkpoint
         self.prompts = SoftPrompts(
             encoder,
             space,

@@ -31,7 +31,8 @@ class CSP(PairMethod):
             runs each prompt whole (``encode="plain"``), which is nearest in rounding.
         half_logits: Logits rounded to float16; the released code does so on a GPU.
         dropout_at_evaluation: Drop out at evaluation too; the released code does if its evaluation is told a rate.
-        encode, checkpoint: Of :class:`~czsl_heads.prompts.soft.SoftPrompts`.
+        encode: Of :class:`~czsl_heads.prompts.soft.SoftPrompts`.
+        checkpoint: Keep no activations of the blocks of both towers in training but run them again.
 
     Shape:
         images [batch, 3, height, width], pairs [K, 2] long (attribute index, object index); to logits [batch, K].
@@ -67,7 +68,9 @@ class CSP(PairMethod):
         checkpoint: bool = False,
     ) -> None:
         super().__init__(encoder, space, align=align, half_logits=half_logits)
-        check_kind("official", official, bool)
+        for name, switch in (("official", official), ("checkpoint", checkpoint)):
+            check_kind(name, switch, bool)
+        self.checkpoint = checkpoint
         self.prompts = SoftPrompts(
             encoder,
             space,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from czsl_heads import CompositionSpace, wrap
+from czsl_heads import CompositionSpace
 from czsl_heads._checks import check_shapes, check_tensor
 from czsl_heads.encoders.open_clip import OPENAI_VOCABULARY, OpenClipEncoder
 
@@ -40,7 +40,7 @@ def read_clip(state: Mapping[str, Tensor], *, enable_pos_emb: bool = True) -> Op
     copy_named(model.state_dict(keep_vars=True), state, "the state of CLIP")
     if not enable_pos_emb:
         torch.nn.init.zeros_(model.positional_embedding)
-    return wrap(model.eval())
+    return OpenClipEncoder(model.eval())
 
 
 def read_vocabulary(attributes: Sequence[str], objects: Sequence[str]) -> CompositionSpace:

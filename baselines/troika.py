@@ -299,11 +299,6 @@ class Troika(Method):
         """Unit text features before traction."""
         return self.prompts.texts(pairs)
 
-    def encode(self, images: Tensor) -> Tensor:
-        if self.checkpoint:
-            return self.encoder.encode_tokens(images, checkpoint=True)
-        return super().encode(images)  # so that an encoder that knows no checkpoints will do
-
     def compare(self, tokens: Tensor, texts: TextFeatures, *vectors: Tensor) -> list[Logits]:
         """Logits of all branches, of the tokens and of each vector, which takes the length of [CLS], too.
 

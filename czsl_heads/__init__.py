@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from czsl_heads.adapters.lora import add_lora as add_lora
     from czsl_heads.encoders.wrap import wrap as wrap
     from czsl_heads.models.sac import SAC as SAC
+    from czsl_heads.models.saved import load as load
     from czsl_heads.prompts.soft import SoftPrompts as SoftPrompts
 
 _LAZY = {
     "SAC": "czsl_heads.models.sac",
     "SoftPrompts": "czsl_heads.prompts.soft",
     "add_lora": "czsl_heads.adapters.lora",
+    "load": "czsl_heads.models.saved",
     "wrap": "czsl_heads.encoders.wrap",
 }
 _LAZY_MODULES = ("data", "metrics")
@@ -42,6 +44,7 @@ __all__ = [
     "add_lora",
     "data",
     "functional",
+    "load",
     "metrics",
     "wrap",
 ]

@@ -1,8 +1,8 @@
-"""The ``czsl`` command: draw a data set, check one, reproduce an ablation, report on it, predict with its models."""
+"""The ``czsl`` command: draw a data set, check one, train a model or a table, evaluate it, report on it, predict."""
 
 from __future__ import annotations
 
-import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from czsl_heads.data.layout import CompositionDataset
-    from czsl_heads.models.sac import SAC
+    from czsl_heads.models.method import Method
     from czsl_heads.report.findings import Finding
 
 
@@ -41,11 +40,29 @@ def check(root: Path) -> int:
     return 0 if report.ok else 1
 
 
-def ablate(out: Path, **arguments: Any) -> int:
-    """Train and test the rows of the SAC paper's ablation, print the table and write it to a folder.
+def train(out: Path, **arguments: Any) -> int:
+    """Train one model of any method, choose its epoch by validation, test it, and write it to a folder.
 
-    Writes results.json, ablation.md, curves.png and a picture a study, and feasibility.png with --world open. The same
-    command on the same folder resumes what was interrupted.
+    Writes results.json, results.md, curves.png and the model. The same command on the same folder resumes what was
+    interrupted; ``czsl predict``, ``evaluate``, ``report`` and ``czsl_heads.load`` take the folder.
+
+    Args:
+        out: Folder for the model: new, empty, or of the same command.
+        arguments: Those of :func:`czsl_heads.training.config.configure_model`.
+
+    Returns:
+        0.
+    """
+    from czsl_heads.training.config import configure_model
+
+    return _run(out, configure_model(**arguments), "results.md")
+
+
+def ablate(out: Path, **arguments: Any) -> int:
+    """Train and test the rows of a table, print it and write it to a folder.
+
+    Writes results.json, ablation.md, curves.png and a picture of each study, and feasibility.png with --world open. The
+    same command on the same folder resumes what was interrupted.
 
     Args:
         out: Folder for the results: new, empty, or of an ablation with the same settings.
@@ -54,14 +71,20 @@ def ablate(out: Path, **arguments: Any) -> int:
     Returns:
         0.
     """
+    from czsl_heads.training.config import configure
+
+    return _run(out, configure(**arguments), "ablation.md")
+
+
+def _run(out: Path, config: Any, page: str) -> int:
+    """Train what a configuration asks for, and write its results, its page and its pictures."""
     from czsl_heads._files import write_text
     from czsl_heads.report.curves import plot_curves, plot_feasibility, plot_study
-    from czsl_heads.report.table import ablation_markdown, has_feasibility, print_ablation
+    from czsl_heads.report.table import has_feasibility, print_results, results_markdown
     from czsl_heads.training.ablate import run_ablation
-    from czsl_heads.training.config import configure
     from czsl_heads.training.trainer import is_main_process
 
-    results = run_ablation(out, configure(**arguments))
+    results = run_ablation(out, config)
     if is_main_process():
         plot_curves(results, out / "curves.png")
         masked = has_feasibility(results)
@@ -69,45 +92,95 @@ def ablate(out: Path, **arguments: Any) -> int:
             plot_feasibility(results, out / "feasibility.png")
         for name, study in results["studies"].items():
             plot_study(study, out / f"study-{name}.png")
-        write_text(out / "ablation.md", ablation_markdown(results))
-        print_ablation(results)
-        print(f"wrote results.json, ablation.md{', feasibility.png' if masked else ''} and curves.png to {out}")
+        write_text(out / page, results_markdown(results))
+        print_results(results)
+        print(f"wrote results.json, {page}{', feasibility.png' if masked else ''} and curves.png to {out}")
     return 0
 
 
-def tune(run: Path, seed: int | None = None) -> int:
-    """Pick beta and gamma of the fusion by the AUC on validation images, from one pass a seed.
-
-    Writes tune.json into the folder; the table of the ablation stays as it is.
+def evaluate(
+    run: Path,
+    data: Path | None = None,
+    split: Literal["train", "val", "test"] = "test",
+    world: Literal["closed", "open"] = "closed",
+    feasibility: str = "encoder",
+    masking: Literal["clean", "official"] = "clean",
+    rows: list[str] | None = None,
+    out: Path | None = None,
+    trainer: dict[str, Any] | None = None,
+) -> int:
+    """Score the models of a folder again: on another split, on other data, or with the open world masked.
 
     Args:
-        run: Folder of a finished ablation.
+        run: Folder of a finished czsl train or ablate, of any method.
+        data: Another data set, whose words the models know; default: that of the folder. Memory banks are filled from
+            its training images.
+        split: The split to score.
+        world: "open" also masks the open world's scores by feasibility, at a threshold searched on validation images.
+        feasibility: With --world open: "encoder", a .pt file of the field, or word vectors as text.
+        masking: With --world open: "clean" or "official".
+        rows: Rows of the table to score, such as [max, bank]; default: all.
+        out: File for the results as JSON; default: they are printed only.
+        trainer: Flags of Lightning's Trainer; default: those of the folder.
+
+    Returns:
+        0.
+    """
+    from czsl_heads._files import write_json
+    from czsl_heads.report.table import print_results
+    from czsl_heads.training.finished import evaluate as score_again
+
+    masked: dict[str, Any] = {"world": world, "feasibility": feasibility, "masking": masking}
+    results = score_again(run, data=data, split=split, rows=rows, trainer=trainer, **masked)
+    print_results(results)
+    if out is not None:
+        with _writable("out", out):
+            write_json(out, results)
+        print(f"wrote {out}")
+    return 0
+
+
+def tune(run: Path, data: Path | None = None, seed: int | None = None) -> int:
+    """Pick beta and gamma of the fusion by the AUC on validation images, from one pass for each seed.
+
+    Writes tune.json into the folder; its table stays as it is.
+
+    Args:
+        run: Folder of a finished czsl train or ablate, with a condenser and a memory bank.
+        data: Where its data set is now, if it was moved.
         seed: Which seed's model; default: the mean over all seeds.
 
     Returns:
         0.
     """
+    from czsl_heads.training.finished import dataset_of, finished
     from czsl_heads.training.tune import TUNED
     from czsl_heads.training.tune import tune as tune_weights
 
-    results, _ = _finished(run, seed)
+    results, _ = finished(run, seed)
     config = results["config"]
+    model = next((row["model"] for row in results["rows"] if row["readout"]["bank"] is not None), None)
+    if model is None:
+        raise ValueError(f"expected `run` with a memory bank (--add vac --add bank), got {run}, which has none")
     seeds = config["seeds"] if seed is None else [seed]
-    found = tune_weights(run, _dataset(run, config), seeds, config["trainer"])
+    found = tune_weights(run, dataset_of(run, config, data), model, seeds, config["trainer"])
     for name in ("used", "best"):
         point = found[name]
         print(f"{name}: beta {point['beta']}, gamma {point['gamma']}, validation AUC {100 * point['auc']:.2f} %")
     best = found["best"]
-    print(f"for a new ablation: --options.beta {best['beta']} --options.gamma {best['gamma']}; wrote {run / TUNED}")
+    print(f"for a new training: --options.beta {best['beta']} --options.gamma {best['gamma']}; wrote {run / TUNED}")
     return 0
 
 
-def report(run: Path, out: Path | None = None, seed: int | None = None, images: int = 6) -> int:
-    """Write an ablation as one HTML page that opens from disk: tables, plots, and what the models look at.
+def report(
+    run: Path, out: Path | None = None, data: Path | None = None, seed: int | None = None, images: int = 6
+) -> int:
+    """Write results as one HTML page that opens from disk: tables, plots, and what the models look at.
 
     Args:
-        run: Folder of a finished ablation.
+        run: Folder of a finished czsl train or ablate, of any method.
         out: File to write; default: report.html in that folder.
+        data: Where its data set is now, if it was moved.
         seed: Which seed's models look at the images; default: the first.
         images: How many images of each kind to show: drawn at random, predicted right, predicted wrong.
 
@@ -115,17 +188,18 @@ def report(run: Path, out: Path | None = None, seed: int | None = None, images: 
         0.
     """
     from czsl_heads._files import write_text
-    from czsl_heads.report.page import ablation_page
+    from czsl_heads.report.page import results_page
+    from czsl_heads.training.finished import dataset_of, finished
 
-    results, seed = _finished(run, seed)
-    dataset = _dataset(run, results["config"])
-    models = [_model(run, seed, folder) for folder in ("vac-kl", "cls")]
-    page = ablation_page(results, dataset, *models, seed=seed, images=images)
+    results, seed = finished(run, seed)
+    dataset = dataset_of(run, results["config"], data)
+    model = _model(run, seed)
+    other = results["baseline"] if results["baseline"] != results["shown"] else None
+    baseline = None if other is None else _model(run, seed, other)
+    page = results_page(results, dataset, model, baseline, seed=seed, images=images)
     path = run / "report.html" if out is None else out
-    try:
+    with _writable("out", path, "file"):
         write_text(path, page)
-    except OSError as error:
-        raise OSError(f"expected `out` to be a file that can be written, got {path} ({error.strerror})") from error
     print(f"wrote {path}")
     return 0
 
@@ -134,6 +208,7 @@ def predict(
     images: list[Path],
     run: Path,
     seed: int | None = None,
+    row: str | None = None,
     world: Literal["closed", "open"] = "closed",
     top: int = 5,
     out: Path = Path(),
@@ -142,8 +217,9 @@ def predict(
 
     Args:
         images: Image files.
-        run: Folder of a finished ablation; the model of its row 5 predicts.
+        run: Folder of a finished czsl train or ablate of any method, or of one saved model.
         seed: Which seed's model; default: the first.
+        row: Which row of the table predicts; default: the one that the report shows.
         world: Candidates: the pairs of the data set (closed), or every attribute with every object (open). The memory
             bank is over the former, and has no part where the latter are more.
         top: How many pairs to print.
@@ -156,72 +232,64 @@ def predict(
 
     from czsl_heads._checks import check_integer
     from czsl_heads.data.layout import open_image
+    from czsl_heads.models.condensed import Condensed
     from czsl_heads.report.findings import examine
     from czsl_heads.report.maps import crop_transform
     from czsl_heads.report.overlay import panels, save_strip
 
     check_integer("top", top, 1)
-    opened = [open_image(path) for path in images]
-    _, seed = _finished(run, seed)
-    sac = _model(run, seed, "vac-kl")
-    with torch.no_grad():
-        texts = sac.texts(sac.bank_space if world == "closed" else sac.bank_space.open_world())
-    if texts.space != sac.bank_space:
+    for path in images:
+        open_image(path)  # and let go: a thousand photographs do not fit into memory
+    model = _model(run, seed, row)
+    device = model.encoder.logit_scale.device
+    space = model.space if world == "closed" else model.space.open_world()
+    if isinstance(model, Condensed) and model.bank is not None and space != model.space:
         print("open world: the memory bank, which is over the pairs of the data set, has no part")
-    transform, crop = sac.encoder.transform(), crop_transform(sac.encoder)
-    for path, image, target in zip(images, opened, _map_paths(images, out)):
-        batch = transform(image)[None].to(texts.features.pairs.device)
-        finding = examine(sac, batch, texts, top=top)[0]
+        model.bank = None
+    pairs = space.pairs_on(device)
+    with torch.no_grad():
+        texts = model.texts(pairs)
+
+    transform, crop = model.encoder.transform(), crop_transform(model.encoder)
+    for path, target in zip(images, _map_paths(images, out)):
+        image = open_image(path)
+        finding = examine(model, transform(image)[None].to(device), pairs, texts, top=top)[0]
         _print_finding(str(path), finding)
         best = finding.predictions[0]
-        try:
+        with _writable("out", out):
             save_strip(f"{path.name}: {best.attribute} {best.object}", panels(crop(image), finding.maps), target)
-        except OSError as error:
-            raise OSError(f"expected `out` to be a folder that can be written, got {out} ({error.strerror})") from error
         print(f"wrote {target}")
     return 0
 
 
-def _finished(run: Path, seed: int | None) -> tuple[dict[str, Any], int]:
-    """The results of a finished ablation, and the seed to use."""
-    from czsl_heads.training.ablate import RESULTS
-    from czsl_heads.training.folder import CONFIG
-
-    if not (run / CONFIG).is_file():
-        raise ValueError(f"expected `run` to be a folder that czsl ablate wrote, got {run}, which has no {CONFIG}")
-    if not (run / RESULTS).is_file():
-        raise ValueError(
-            f"expected `run` to be a finished ablation, got {run}, which has no {RESULTS}; its czsl ablate command, "
-            "given again, completes it"
-        )
-    results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
-    if missing := [name for name in ("config", "rows", "comparisons", "studies") if name not in results]:
-        raise ValueError(f"expected {run / RESULTS} of this version of czsl, got one without {', '.join(missing)}")
-    seeds = results["config"]["seeds"]
-    if seed is not None and seed not in seeds:
-        raise ValueError(f"expected `seed` to be one of {', '.join(map(str, seeds))}, got {seed}")
-    return results, seeds[0] if seed is None else seed
-
-
-def _dataset(run: Path, config: dict[str, Any]) -> CompositionDataset:
-    """The data set of an ablation."""
-    from czsl_heads.data.layout import read_dataset
-
-    return read_dataset(run / "shapes" if config["shapes"] else config["data"])
-
-
-def _model(run: Path, seed: int, folder: str) -> SAC:
-    """A trained model of an ablation, on the GPU if there is one."""
+def _model(run: Path, seed: int | None = None, row: str | None = None) -> Method:
+    """A trained model, on the GPU if there is one."""
     import torch
 
-    from czsl_heads.training.run import load_run
+    from czsl_heads.models.saved import load
+    from czsl_heads.training.finished import finished
 
-    path = run / f"seed{seed}" / folder
-    try:
-        sac = load_run(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"expected a trained model in {path}, got none ({error})") from error
-    return sac.to("cuda" if torch.cuda.is_available() else "cpu")
+    if row is not None or seed is not None or not (run / "model.safetensors").exists():
+        finished(run, seed)
+    model: Method = load(run, row=row, seed=seed)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class _writable:  # noqa: N801 (used as a function)
+    """Says which argument names a place that cannot be written."""
+
+    def __init__(self, argument: str, path: Path, kind: str = "folder") -> None:
+        self.argument, self.path, self.kind = argument, path, kind
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, OSError):
+            raise OSError(
+                f"expected `{self.argument}` to be a {self.kind} that can be written, got {self.path} "
+                f"({error.strerror})"
+            ) from error
 
 
 def _map_paths(images: list[Path], out: Path) -> list[Path]:
@@ -239,23 +307,33 @@ def _print_finding(title: str, finding: Finding) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    parts = list(finding.predictions[0].parts)
     table = Table("pair", title=escape(title), title_justify="left")
-    for heading in ("score", "SA", "VAC", "bank"):
+    for heading in ("score", *parts):
         table.add_column(heading, justify="right")
     for row in finding.predictions:
-        parts = ("-" if part is None else f"{part:.3f}" for part in (row.score, row.sa, row.vac, row.bank))
-        table.add_row(escape(f"{row.attribute} {row.object}"), *parts)
+        numbers = [row.score, *(row.parts[name] for name in parts)]
+        table.add_row(escape(f"{row.attribute} {row.object}"), *(f"{number:.3f}" for number in numbers))
     Console().print(table)
 
 
 _COMMANDS: dict[str, Callable[..., int]] = {
     "make-shapes": make_shapes,
     "check": check,
+    "train": train,
     "ablate": ablate,
+    "evaluate": evaluate,
     "tune": tune,
     "report": report,
     "predict": predict,
 }
+_RESUMED = ("train", "ablate")
+# jsonargparse reads items of a mapping one level deep: `--options.bank.slots 4` becomes `--options.bank/slots 4`.
+_DOTTED = re.compile(r"^(--options\.)([^=]+)")
+
+
+def _one_level(flag: re.Match[str]) -> str:
+    return flag[1] + flag[2].replace(".", "/")
 
 
 def _parser() -> ArgumentParser:
@@ -263,7 +341,7 @@ def _parser() -> ArgumentParser:
 
     from czsl_heads import __version__
     from czsl_heads.data.shapes import make_shapes as make_dataset
-    from czsl_heads.training.config import configure
+    from czsl_heads.training.config import configure, configure_model
 
     parser = ArgumentParser(
         prog="czsl", description="Compositional zero-shot learning on any CLIP.", version=__version__
@@ -275,18 +353,23 @@ def _parser() -> ArgumentParser:
     checking = ArgumentParser(description="Read a data set, decode every image, and print what is there.")
     checking.add_function_arguments(check, as_positional=True)
     commands.add_subcommand("check", checking, help="check a data set on disk")
-    ablating = ArgumentParser(description="Train and test the rows of the SAC paper's ablation.")
-    ablating.add_argument("--out", type=Path, required=True, help="folder for the results: new, empty, or to resume")
-    ablating.add_function_arguments(configure, skip={"quick"})
-    ablating.add_argument("--quick", action="store_true", help="fewer images and epochs, to check that everything runs")
-    ablating.add_argument("--config", action="config", help="YAML file with any of these arguments")
-    commands.add_subcommand("ablate", ablating, help="reproduce the ablation table")
+
+    training = ArgumentParser(description="Train one model of any method on a data set, and test it.")
+    _add_training(training, configure_model)
+    commands.add_subcommand("train", training, help="train one model")
+    ablating = ArgumentParser(description="Train and test the rows of a table: SAC's ablation, or a method with heads.")
+    _add_training(ablating, configure)
+    commands.add_subcommand("ablate", ablating, help="reproduce a table")
+
+    evaluating = ArgumentParser(description="Score finished models again: another split, other data, the open world.")
+    evaluating.add_function_arguments(evaluate, as_positional=True)
+    commands.add_subcommand("evaluate", evaluating, help="score finished models again")
     tuning = ArgumentParser(description="Pick beta and gamma of the fusion by the AUC on validation images.")
     tuning.add_function_arguments(tune, as_positional=True)
     commands.add_subcommand("tune", tuning, help="pick the weights of the fusion")
-    reporting = ArgumentParser(description="Write a finished ablation as one HTML page that opens from disk.")
+    reporting = ArgumentParser(description="Write finished results as one HTML page that opens from disk.")
     reporting.add_function_arguments(report, as_positional=True)
-    commands.add_subcommand("report", reporting, help="write an ablation as one HTML page")
+    commands.add_subcommand("report", reporting, help="write results as one HTML page")
     predicting = ArgumentParser(description="Print the best pairs of images, and save what the model looks at.")
     predicting.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
     predicting.add_function_arguments(predict, skip={"images"})
@@ -294,21 +377,38 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _add_training(parser: ArgumentParser, configure: Callable[..., Any]) -> None:
+    """The arguments of a configuration, its folder, and a file that may hold any of them."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results: new, empty, or to resume")
+    parser.add_function_arguments(configure, skip={"quick", "add"})
+    parser.add_argument("--quick", action="store_true", help="fewer images and epochs, to check that everything runs")
+    parser.add_argument("--add", action="append", metavar="{vac,bank}", help=_ADD)
+    parser.add_argument("--config", action="config", help="YAML file with any of these arguments")
+
+
+_ADD = "vac: a condenser behind the method; --add vac --add bank: a memory bank of its vectors, too"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; errors of input end in one line on stderr and exit status 1 (usage: 2; interrupted: 130)."""
     command = ""
     try:
-        parsed = _parser().parse_args(None if arguments is None else list(arguments))
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        parsed = _parser().parse_args([_DOTTED.sub(_one_level, argument) for argument in given])
         command = parsed.subcommand
         values = parsed[command].as_dict()
         values.pop("config", None)
+        if values.get("options"):
+            values["options"] = {name.replace("/", "."): value for name, value in values["options"].items()}
+        if values.get("add", ()) is None:
+            del values["add"]
         return _COMMANDS[command](**values)
     except ModuleNotFoundError as error:
         complaint = f"expected the package {error.name}, got none: pip install 'czsl-heads[train]'"
     except (ValueError, TypeError, OSError) as error:
         complaint = str(error)
     except KeyboardInterrupt:
-        hint = "; the same command resumes it" if command == "ablate" else ""
+        hint = "; the same command resumes it" if command in _RESUMED else ""
         print(f"\n{f'czsl {command}'.strip()}: interrupted{hint}", file=sys.stderr)
         return 130
     print(f"{f'czsl {command}'.strip()}: {complaint}", file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from czsl_heads._files import write_text
-from czsl_heads.report.table import fraction, interval, percent
+from czsl_heads._numbers import fraction, interval, markdown_table, percent
 
 DOCS = Path(__file__).parent
 BENCHMARKS = DOCS.parent / "benchmarks" / "results"
@@ -35,16 +35,15 @@ def benchmark(name: str) -> dict[str, Any]:
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:
-    lines = [headings, ["--:" if heading else ":--" for heading in headings], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(markdown_table(headings, rows))
 
 
 def rows_table(world: str) -> str:
     runs = [load(name) for name in RUNS]
     cells = [
         [
-            row["number"],
-            row["name"],
+            row["key"],
+            row["title"],
             *(percent(run["rows"][index]["summary"][world]["standard"]["auc"]) for run in runs),
         ]
         for index, row in enumerate(runs[0]["rows"])
@@ -57,17 +56,18 @@ def differences_table() -> str:
     cells = []
     for row, other in DIFFERENCES:
         found = [next(c for c in run["comparisons"] if (c["row"], c["against"]) == (row, other)) for run in runs]
-        cells.append([f"{row} - {other}", *(interval(item["auc"]["closed"]["standard"]) for item in found)])
+        aucs = [item["differences"]["closed"]["standard"]["auc"] for item in found]
+        cells.append([f"{row} - {other}", *map(interval, aucs)])
     return markdown(["rows", *RUNS], cells)
 
 
 def gap_table() -> str:
     cells = []
     for name in RUNS:
-        by_number = {row["number"]: row for row in load(name)["rows"]}
+        by_number = {row["key"]: row for row in load(name)["rows"]}
         for number in ("1", "2", "3", "4"):
             row = by_number[number]
-            gaps = (fraction(row["gap"].get(readout)) for readout in ("cls", "pred", "true", "vac"))
+            gaps = (fraction(row["gap"].get(vector)) for vector in ("cls", "pred", "true", "vac"))
             cells.append([name, number, *gaps, percent(row["summary"]["closed"]["standard"]["auc"])])
     return markdown(["run", "row", "cls", "pred", "true", "vac", "AUC"], cells)
 
@@ -75,10 +75,10 @@ def gap_table() -> str:
 def patches_table() -> str:
     cells = []
     for name in RUNS:
-        by_number = {row["number"]: row for row in load(name)["rows"]}
+        by_number = {row["key"]: row for row in load(name)["rows"]}
         shares = []
         for number in ("1", "2"):
-            runs = by_number[number]["runs"]
+            runs = by_number[number]["by_seed"]
             shares += [
                 f"{100 * sum(run['gap']['winners_that_are_patches'][kind] for run in runs) / len(runs):.1f}"
                 for kind in ("true", "pred")
@@ -108,13 +108,18 @@ def comparison(method: str, imbalance: str) -> dict[str, Any]:
     return results
 
 
+def closed_differences(results: dict[str, Any]) -> dict[tuple[str, str], Any]:
+    """Paired differences of the closed world, by the two rows."""
+    return {(c["row"], c["against"]): c["differences"]["closed"]["standard"] for c in results["comparisons"]}
+
+
 def alignment_table() -> str:
     cells = []
     for method in METHODS:
         for imbalance in IMBALANCES:
             results = comparison(method, imbalance)
-            rows = {row["row"]: row["summary"]["standard"] for row in results["rows"]}
-            compared = {(c["row"], c["against"]): c["differences"]["standard"] for c in results["comparisons"]}
+            rows = {row["key"]: row["summary"]["closed"]["standard"] for row in results["rows"]}
+            compared = closed_differences(results)
             by_seed = len(results["config"]["seeds"]) > 1
             cells.append(
                 [
@@ -136,7 +141,7 @@ def published_table() -> str:
     cells = []
     for method in METHODS:
         for imbalance in IMBALANCES:
-            rows = {row["row"]: row["summary"]["standard"] for row in comparison(method, imbalance)["rows"]}
+            rows = {row["key"]: row["summary"]["closed"]["standard"] for row in comparison(method, imbalance)["rows"]}
             for name in ("cls", "max"):
                 numbers = ("seen", "unseen", "harmonic_mean", "attr_accuracy", "obj_accuracy")
                 cells.append([method, imbalance, name, *(percent(rows[name][number]) for number in numbers)])
@@ -149,9 +154,9 @@ def additions_table() -> str:
         line = [row]
         for method in ADDED_TO:
             results = comparison(method, "0.5")
-            summary = next(item["summary"] for item in results["rows"] if item["row"] == row)
-            compared = {(c["row"], c["against"]): c["differences"]["standard"] for c in results["comparisons"]}
-            line += [percent(summary["standard"]["auc"]), interval(compared[row, base]["auc"])]
+            summary = next(item["summary"] for item in results["rows"] if item["key"] == row)
+            compared = closed_differences(results)
+            line += [percent(summary["closed"]["standard"]["auc"]), interval(compared[row, base]["auc"])]
         cells.append(line)
     headings = [name for method in ADDED_TO for name in (f"{method}: AUC", "less the row before")]
     return markdown(["row", *headings], cells)

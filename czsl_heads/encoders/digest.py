@@ -25,4 +25,4 @@ def weights_digest(encoder: nn.Module) -> str:
 
 def _bits(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data

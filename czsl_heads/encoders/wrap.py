@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from czsl_heads.encoders.open_clip import OpenClipEncoder
+from czsl_heads.encoders.protocol import Encoder, check_encoder
 from czsl_heads.encoders.tiny import load_tiny
+
+ENCODERS = "czsl_heads.encoders"  # the group of entry points by which other packages bring encoders
 
 
 def wrap(
@@ -16,21 +21,25 @@ def wrap(
     *,
     frozen: bool = True,
     tokenizer: Callable[[list[str]], Tensor] | None = None,
-) -> OpenClipEncoder:
+) -> Any:
     """Put any supported CLIP behind the :class:`~czsl_heads.encoders.protocol.Encoder` protocol.
 
     Args:
-        model_or_name: An open_clip model; ``"tiny"`` (the embedded one) or ``"tiny:DIR"`` (of a pretraining run of
-            :mod:`czsl_heads.training.pretrain_tiny`); or open_clip's ``"ARCHITECTURE"`` (random
-            weights) or ``"ARCHITECTURE:TAG"``, such as ``"ViT-L-14:openai"`` (TAG may be the path of a checkpoint).
+        model_or_name: An open_clip model, or a module that is an Encoder already; ``"tiny"`` (the embedded one) or
+            ``"tiny:DIR"`` (of a pretraining run of :mod:`czsl_heads.training.pretrain_tiny`); open_clip's
+            ``"ARCHITECTURE"`` (random weights) or ``"ARCHITECTURE:TAG"``, such as ``"ViT-L-14:openai"`` (TAG may be the
+            path of a checkpoint); or ``"NAME"`` or ``"NAME:TAG"`` of an encoder that another package brings.
         frozen: Switch off the gradients of all parameters; ``False`` leaves their flags as they are.
         tokenizer: Strings to token ids, for a model object whose vocabulary is not OpenAI's.
 
     Returns:
         The encoder, in the mode (train or eval) of the model; models made by name are in eval mode.
 
+    A package brings an encoder by an entry point of the group ``czsl_heads.encoders``: a function from the TAG (``""``
+    without one) to what this function takes, an Encoder or an open_clip model.
+
     Raises:
-        TypeError: No open_clip model or name, or a tower of a kind that is not supported.
+        TypeError: No open_clip model, Encoder or name, or a tower of a kind that is not supported.
         ValueError: An unknown name or tag, or a tower that pools otherwise than by the class token.
 
     Example:
@@ -40,10 +49,16 @@ def wrap(
         (torch.Size([2, 37, 96]), torch.Size([1, 96]))
     """
     if isinstance(model_or_name, str):
+        name, _, tag = model_or_name.partition(":")
+        brought = {entry.name: entry for entry in entry_points(group=ENCODERS)}
+        if name in brought:
+            return wrap(brought[name].load()(tag), frozen=frozen, tokenizer=tokenizer)
         model, named_tokenizer = _from_name(model_or_name)
         return OpenClipEncoder(model, tokenizer=tokenizer or named_tokenizer, frozen=frozen)
     if not isinstance(model_or_name, nn.Module):
         raise TypeError(f"expected `model_or_name` to be a CLIP model or a name, got {type(model_or_name).__name__}")
+    if isinstance(model_or_name, Encoder):
+        return _as_it_is(model_or_name, frozen, tokenizer)
     import open_clip
 
     if not isinstance(model_or_name, (open_clip.CLIP, open_clip.CustomTextCLIP)):
@@ -51,6 +66,14 @@ def wrap(
             f"expected `model_or_name` to be an open_clip CLIP or CustomTextCLIP, got {type(model_or_name).__name__}"
         )
     return OpenClipEncoder(model_or_name, tokenizer=tokenizer, frozen=frozen)
+
+
+def _as_it_is(encoder: Any, frozen: bool, tokenizer: object) -> Any:
+    """An Encoder is wrapped already."""
+    check_encoder("model_or_name", encoder)
+    if tokenizer is not None:
+        raise ValueError("expected no `tokenizer` with an Encoder, which has its own, got one")
+    return encoder.requires_grad_(False) if frozen else encoder
 
 
 def _from_name(name: str) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:

@@ -141,9 +141,7 @@ class Condensed(Method):
         with self._frozen():
             return self.method.encode(images)
 
-    def compare(
-        self, encoded: Any, texts: TextFeatures, *vectors: Tensor, aligned: Logits | None = None
-    ) -> list[Any]:
+    def compare(self, encoded: Any, texts: TextFeatures, *vectors: Tensor, aligned: Logits | None = None) -> list[Any]:
         """As :meth:`Method.compare`; ``aligned`` are the method's own logits of these images, where they are known."""
         features = self.condenser(tokens_of(encoded))
         if aligned is None:

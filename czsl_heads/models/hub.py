@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _Model = TypeVar("_Model", bound="Saved")
 
 
-class Saved(PyTorchModelHubMixin, library_name="czsl-heads", tags=["compositional-zero-shot-learning", "clip"]):  # type: ignore[misc]
+class Saved(PyTorchModelHubMixin, library_name="czsl-heads", tags=["compositional-zero-shot-learning", "clip"]):
     """Gives a model ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
     Attributes:
@@ -28,6 +28,21 @@ class Saved(PyTorchModelHubMixin, library_name="czsl-heads", tags=["compositiona
     learned: list[str] = []  # noqa: RUF012 (replaced, never changed)
     record: dict[str, Any] = {}  # noqa: RUF012 (replaced, never changed)
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write the model into a folder, as :func:`czsl_heads.load` reads it; what stood there is replaced.
+
+        Args:
+            save_directory: The folder, which is made where there is none.
+            options: Of ``huggingface_hub.PyTorchModelHubMixin``.
+
+        Raises:
+            ValueError: The model was put together by hand, or is no longer as its recipe says.
+        """
+        from czsl_heads.models.saved import check_built
+
+        check_built(self)  # type: ignore[arg-type]  # before anything in the folder is touched
+        return super().save_pretrained(save_directory, **options)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         from czsl_heads.models.saved import save_model
 
@@ -38,6 +53,21 @@ class Saved(PyTorchModelHubMixin, library_name="czsl-heads", tags=["compositiona
         from czsl_heads.models.card import model_card
 
         return ModelCard(model_card(self))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls: type[_Model], pretrained_model_name_or_path: str | Path, **options: Any) -> _Model:
+        """A saved model in eval mode, from a folder or from the Hugging Face Hub. Errors as :func:`czsl_heads.load`.
+
+        Args:
+            pretrained_model_name_or_path: The folder, or the name on the Hub, ``"user/model"``.
+            options: Of ``huggingface_hub.PyTorchModelHubMixin``, such as ``revision``.
+
+        Raises:
+            TypeError: It is a model of another method than this class.
+        """
+        if Path(pretrained_model_name_or_path).is_dir():  # whose configuration is read, and doubted, by our own reader
+            return cls._from_pretrained(model_id=str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **options)
 
     @classmethod
     def _from_pretrained(

@@ -127,6 +127,7 @@ class Method(nn.Module, Saved):
     encoder: Encoder
     space: CompositionSpace
     seam: Seam
+    checkpoint: bool = False  # run the vision tower's blocks again in the backward pass instead of keeping activations
 
     def __init__(
         self, encoder: Encoder, space: CompositionSpace, *, align: Align = "cls", half_logits: bool = False
@@ -143,7 +144,9 @@ class Method(nn.Module, Saved):
 
     def encode(self, images: Tensor) -> Any:
         """Projected tokens ``[batch, tokens, dim]``, or a named tuple whose first field they are."""
-        return self.encoder.encode_tokens(images)
+        if self.checkpoint:
+            return self.encoder.encode_tokens(images, checkpoint=True)
+        return self.encoder.encode_tokens(images)  # so that an encoder that knows no checkpoints will do
 
     def compare(self, encoded: Any, texts: TextFeatures, *vectors: Tensor) -> list[Any]:
         """Logits of encoded images, and of each vector ``[batch, dim]`` that stands for them in place of [CLS]."""
@@ -189,9 +192,10 @@ class Method(nn.Module, Saved):
 
     def probabilities(self, logits: Any, pairs: Tensor) -> Tensor:
         """Scores of pairs ``[batch, K]`` that others on the scale of probabilities can be added to."""
+        of_pairs: Tensor = logits.pairs.softmax(dim=1)
         if not logits.attributes.shape[1]:
-            return logits.pairs.softmax(dim=1)
-        return combine(*(rows.softmax(dim=1) for rows in logits), pairs)
+            return of_pairs
+        return combine(of_pairs, logits.attributes.softmax(dim=1), logits.objects.softmax(dim=1), pairs)
 
     def losses(self, logits: Any, pairs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Scalars of known logits: each term, and what is minimised as ``"loss"``; here the sum of cross-entropies."""
@@ -270,6 +274,9 @@ class Method(nn.Module, Saved):
         transform = self.encoder.transform()
         for start in range(0, len(several), _IMAGES):
             chunk = several[start : start + _IMAGES]
+            for each in chunk:
+                if not isinstance(each, (str, PathLike, Picture)):
+                    raise TypeError(f"expected `images` to list PIL images and paths, got a {type(each).__name__}")
             opened = (each.convert("RGB") if isinstance(each, Picture) else open_image(each) for each in chunk)
             yield torch.stack([transform(each) for each in opened])
 

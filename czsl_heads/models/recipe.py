@@ -25,7 +25,7 @@ from czsl_heads.space import CompositionSpace
 
 # Of a method's constructor, but decided by the recipe itself.
 DECIDED = ("encoder", "space", "align", "primitives", "checkpoint")
-_WEIGHTS = ("alpha", "beta", "gamma", "direction", "joint")
+OF_CONDENSED = ("alpha", "beta", "gamma", "direction", "joint")
 Plain = TypeVar("Plain")
 
 
@@ -176,7 +176,7 @@ def build(recipe: Recipe, space: CompositionSpace) -> Method:
         return method
 
     condenser = VACondenser(encoder.dim, depth=recipe.condenser.depth, dropout=recipe.condenser.dropout)
-    weights: dict[str, Any] = {name: getattr(recipe, name) for name in _WEIGHTS}
+    weights: dict[str, Any] = {name: getattr(recipe, name) for name in OF_CONDENSED}
     model = Condensed(method, condenser, **weights)
     of_condenser = [f"condenser.{name}" for name in condenser.state_dict()]
     model.recipe, model.encoder_digest = recipe, digest
@@ -238,6 +238,8 @@ def method_options(name: str) -> list[str]:
 
 def _method(recipe: Recipe, encoder: Encoder, space: CompositionSpace) -> Method:
     kind = find_method(recipe.method)
+    for option in recipe.model:
+        check_choice("model", option, method_options(recipe.method))
     options = dict(recipe.model)
     if "checkpoint" in inspect.signature(kind).parameters:
         options["checkpoint"] = recipe.checkpoint

@@ -1,7 +1,7 @@
 """Methods by name: those of this package and those that other packages bring, through one door.
 
-A package adds a method by an entry point of the group ``czsl_heads.methods``, whose name is that of the method and whose
-value is its class, ``package.module:Class``. Its presets, if it has any, stand in ``presets/NAME.yaml`` beside the module.
+A package adds a method by an entry point of the group ``czsl_heads.methods``. Its name is that of the method, its value
+the class, ``package.module:Class``. Presets, if there are any, stand in ``presets/NAME.yaml`` beside the module.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def find_method(name: str) -> type[Method]:
 
 
 def presets_path(name: str) -> Path:
-    """Where the presets of a method stand, if it has any."""
+    """Where the presets of a method stand, if it has any. Errors as :func:`find_method`."""
+    find_method(name)  # whose errors are sentences
     spec = find_spec(_entry(name).module)
     assert spec is not None
     assert spec.origin is not None

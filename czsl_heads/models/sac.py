@@ -31,8 +31,8 @@ class Aligned(Method):
         space: Gives the primitives.
         align: How tokens meet texts; default: a :class:`~czsl_heads.SparseAlignHead`. ``"cls"`` is the baseline.
         context, dropout: Of :class:`~czsl_heads.SoftPrompts`.
-        fusion: ``"probs"`` ranks a pair by p(pair) + p(attribute) p(object), as the paper prints it; ``"logits"`` by the
-            pair's logit plus that product, as Troika's released code does.
+        fusion: ``"probs"`` ranks a pair by p(pair) + p(attribute) p(object), as the paper prints it; ``"logits"`` by
+            the pair's logit plus that product, as Troika's released code does.
         checkpoint: Keep no activations of the towers' blocks in training but run them again in the backward pass: the
             same numbers for less memory and one forward pass more. The encoder itself is not changed by it.
 
@@ -72,11 +72,6 @@ class Aligned(Method):
 
     def texts(self, pairs: Tensor) -> TextFeatures:
         return self.prompts.texts(pairs)
-
-    def encode(self, images: Tensor) -> Any:
-        if self.checkpoint:
-            return self.encoder.encode_tokens(images, checkpoint=True)
-        return super().encode(images)  # so that an encoder that knows no checkpoints will do
 
     def fuse(self, logits: Logits, pairs: Tensor) -> Tensor:
         if self.fusion == "probs":
@@ -191,6 +186,11 @@ class SAC(nn.Module):
     def method(self) -> Aligned:
         """The alignment branch by itself."""
         return self._method[0]
+
+    def train(self, mode: bool = True) -> SAC:
+        """As in torch, and of the alignment branch by itself, too."""
+        self.method.train(mode)
+        return super().train(mode)
 
     def use_bank(self, bank: DynamicMemoryBank | None, space: CompositionSpace) -> None:
         """Take another memory bank, over the pairs of ``space``; None takes it away. Errors as in the constructor."""

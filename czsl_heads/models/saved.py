@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from czsl_heads._files import read_json, whole_file, write_json, write_text
 from czsl_heads.models.card import model_card
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
-from czsl_heads.models.recipe import Recipe, build, from_plain, new_bank
+from czsl_heads.models.recipe import OF_CONDENSED, Recipe, build, from_plain, new_bank
 from czsl_heads.space import CompositionSpace
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 RESULTS = "results.json"  # of a command that trained one or more models
+_KEPT = {"recipe", "encoder_digest", "label_space", "record"}  # what a configuration holds of a model
 _BANK = "bank."
+_OF_BANK = ("num_pairs", "slots", "temperature", "logit_scale", "empty", "normalize")
 
 
 def load(folder: str | os.PathLike[str], *, row: str | None = None, seed: int | None = None) -> Any:
@@ -41,9 +43,10 @@ def load(folder: str | os.PathLike[str], *, row: str | None = None, seed: int | 
             model of another CLIP than the one that its name gives here.
 
     Example:
+        >>> import torch
         >>> from tempfile import mkdtemp
         >>> from czsl_heads import CompositionSpace
-        >>> from czsl_heads.models.recipe import Recipe, build
+        >>> from czsl_heads.models.recipe import OF_CONDENSED, Recipe, build
         >>> space = CompositionSpace(["red", "blue"], ["circle"], seen=[("red", "circle")])
         >>> folder = mkdtemp()
         >>> _ = build(Recipe("sac"), space).eval().save_pretrained(folder)
@@ -63,10 +66,10 @@ def save_model(model: Method, folder: Path) -> None:
     """Write a model into a folder: what was trained, its recipe and label space, and its card.
 
     Raises:
-        ValueError: The model was put together by hand, so that nobody could build it again.
+        ValueError: As :func:`check_built`.
     """
-    if model.recipe is None:
-        raise ValueError("expected a model of a Recipe (czsl_heads.models.recipe.build), got one made by hand")
+    check_built(model)
+    assert model.recipe is not None
     content = {
         "czsl_heads": version("czsl-heads"),
         "recipe": model.recipe.as_dict(),
@@ -80,17 +83,43 @@ def save_model(model: Method, folder: Path) -> None:
     write_text(folder / CARD, model_card(model))
 
 
+def check_built(model: Method) -> None:
+    """Raise ValueError unless the recipe of a model says all that its trained tensors do not.
+
+    It does not where the model was put together by hand, or where weights or the bank were exchanged.
+    """
+    recipe = model.recipe
+    if recipe is None:
+        raise ValueError("expected a model of a Recipe (czsl_heads.models.recipe.build), got one made by hand")
+    if not isinstance(model, Condensed):
+        return
+    for name in OF_CONDENSED:
+        _check_same(name, getattr(recipe, name), getattr(model, name))
+    if model.bank is not None:
+        bank = new_bank(model.space, model.encoder, recipe.bank)
+        for name in _OF_BANK:
+            _check_same(f"bank.{name}", getattr(bank, name), getattr(model.bank, name))
+
+
+def _check_same(name: str, wanted: Any, got: Any) -> None:
+    if got != wanted:
+        raise ValueError(f"expected `{name}` to be {wanted}, as in the model's recipe, got {got}")
+
+
 def load_model(folder: Path) -> Method:
     """The model of one folder, in eval mode. Errors as :func:`load`."""
     try:
         content = read_json(folder / CONFIG)
     except (OSError, ValueError) as error:
         raise ValueError(f"expected `folder` of a trained model, got {folder} ({error})") from error
-    if "recipe" not in content:
+    if not isinstance(content, dict) or not content.keys() >= _KEPT:
         raise ValueError(f"expected `folder` of a finished training, got {folder}, whose {CONFIG} holds no model")
 
-    space = space_from_dict(content["label_space"])
-    model = build(from_plain(Recipe, content["recipe"], "recipe"), space)
+    try:
+        space = space_from_dict(content["label_space"])
+        model = build(from_plain(Recipe, content["recipe"], "recipe"), space)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"expected a model in {folder / CONFIG} that can be built, got {error}") from error
     if model.encoder_digest != content["encoder_digest"]:
         name = content["recipe"]["encoder"]
         raise ValueError(f"expected the encoder {name!r} that {folder} was trained on, got one of other weights")
@@ -103,10 +132,10 @@ def load_learned(model: Method, path: Path) -> None:
     """Load what was trained, and the memory bank where the file holds one.
 
     Raises:
-        ValueError: The file has other names or shapes than the model.
+        ValueError: The file is missing or damaged, or has other names or shapes than the model.
     """
     found = _tensors(path)
-    bank = {name: found.pop(name) for name in list(found) if name.startswith(_BANK)}
+    bank = {name.removeprefix(_BANK): found.pop(name) for name in _of_bank(model, found)}
     shapes = {name: tensor.shape for name, tensor in found.items()}
     state = model.state_dict()
     wanted = {name: state[name].shape for name in model.learned}
@@ -115,17 +144,25 @@ def load_learned(model: Method, path: Path) -> None:
         raise ValueError(f"expected weights of this model in {path}, got other names or shapes: {', '.join(odd)}")
     model.load_state_dict(found, strict=False)
     if bank:
-        assert isinstance(model, Condensed)
         assert model.recipe is not None
-        model.bank = new_bank(model.space, model.encoder, model.recipe.bank)
-        model.bank.load_state_dict({name.removeprefix(_BANK): tensor for name, tensor in bank.items()})
+        memory = new_bank(model.space, model.encoder, model.recipe.bank)
+        try:
+            memory.load_state_dict(bank)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"expected the memory bank of this model in {path}, got another ({error})") from error
+        model.bank = memory
 
 
 def learned_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What :func:`load_learned` reads, on the CPU."""
     state = model.state_dict()
-    names = [*model.learned, *(name for name in state if name.startswith(_BANK))]  # type: ignore[union-attr, misc]
+    names = [*model.learned, *_of_bank(model, state)]  # type: ignore[misc]
     return {name: state[name].detach().cpu().contiguous().clone() for name in names}
+
+
+def _of_bank(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those that are the memory bank's; a method may have a part of that name, too."""
+    return [name for name in names if isinstance(model, Condensed) and name.startswith(_BANK)]
 
 
 def _load_row(folder: Path, row: str | None, seed: int | None) -> Method:

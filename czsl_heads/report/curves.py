@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from czsl_heads._files import whole_file
-from czsl_heads.report.table import percent
+from czsl_heads._numbers import percent
+from czsl_heads.report.table import worlds_of
 
 
 def plot_curves(results: dict[str, Any], path: Path) -> None:
     """Draw the exact curve of every row and seed, and the standard protocol's points on it, closed and open world."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, world in zip(axes, ("closed", "open")):
+    worlds = worlds_of(results)
+    figure = Figure(figsize=(5 * len(worlds), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(worlds), sharey=True, squeeze=False)[0]
+    for axis, world in zip(axes, worlds):
         for color, row in enumerate(_drawn(results)):
             auc = percent(row["summary"][world]["exact"]["auc"])
-            label = f"row {row['number']}: {auc}"
-            for number, run in enumerate(row["runs"]):
+            label = f"row {row['key']}: {auc}"
+            for number, run in enumerate(row["by_seed"]):
                 curves = {name: _points(run["test"][world][name]["curve"]) for name in ("exact", "standard")}
-                alpha = 0.9 if len(row["runs"]) == 1 else 0.55
+                alpha = 0.9 if len(row["by_seed"]) == 1 else 0.55
                 axis.plot(*curves["exact"], color=f"C{color}", alpha=alpha, label=None if number else label)
                 axis.plot(*curves["standard"], ".", color=f"C{color}", markersize=4, alpha=0.6)
         axis.set(title=f"{world} world", xlabel="accuracy on unseen pairs (%)")
@@ -38,7 +40,7 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
 
 def _drawn(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Without the rows that were trained longer, whose curves would hide the others."""
-    return [row for row in results["rows"] if not row["number"].endswith("+")]
+    return [row for row in results["rows"] if not row["key"].endswith("+")]
 
 
 def _points(curve: list[list[float | None]]) -> tuple[list[float], list[float]]:
@@ -57,11 +59,11 @@ def plot_feasibility(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for color, row in enumerate(_drawn(results)):
-        style = {"color": f"C{color}", "alpha": 0.9 if len(row["runs"]) == 1 else 0.55}
-        for number, run in enumerate(row["runs"]):
+        style = {"color": f"C{color}", "alpha": 0.9 if len(row["by_seed"]) == 1 else 0.55}
+        for number, run in enumerate(row["by_seed"]):
             found = run["feasibility"]
             auc = [math.nan if value is None else 100 * value for value in found["auc"]]
-            left.plot(found["thresholds"], auc, label=None if number else f"row {row['number']}", **style)
+            left.plot(found["thresholds"], auc, label=None if number else f"row {row['key']}", **style)
             left.axhline(100 * found["auc_unmasked"], linestyle=":", **style)
             if found["threshold"] in found["thresholds"]:
                 left.plot(found["threshold"], auc[found["thresholds"].index(found["threshold"])], "o", **style)
@@ -90,10 +92,10 @@ def plot_study(study: dict[str, Any], path: Path) -> None:
             _line(
                 axis, values, [point["summary"][world]["standard"]["auc"] for point in points], 100, f"C{color}", name
             )
-        for style, readout in zip(("-", "--", ":"), ("cls", "pred", "vac")):
-            if readout in points[0]["gap"] and not color:  # series of one model share their gaps
-                spreads = [point["gap"][readout] for point in points]
-                _line(axes[2], values, spreads, 1, "k", readout, style)
+        for style, vector in zip(("-", "--", ":"), ("cls", "pred", "vac")):
+            if vector in points[0]["gap"] and not color:  # series of one model share their gaps
+                spreads = [point["gap"][vector] for point in points]
+                _line(axes[2], values, spreads, 1, "k", vector, style)
     for axis, title in zip(axes, ("AUC, closed world (%)", "AUC, open world (%)", "relative modality gap")):
         axis.set(title=title, xlabel=study["axis"])
         axis.grid(alpha=0.3)

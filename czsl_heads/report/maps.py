@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from czsl_heads._checks import check_shapes, check_tensor
 from czsl_heads.adapters.lora import LoRAAttention
 from czsl_heads.encoders.protocol import Encoder
+from czsl_heads.models.method import Method
 
 
 class TokenMap(NamedTuple):
@@ -58,27 +59,28 @@ def alignment_map(tokens: Tensor, texts: Tensor, encoder: Encoder) -> TokenMap:
 
 
 @torch.no_grad()
-def encode_with_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, TokenMap]:
-    """``encoder.encode_tokens(images)``, and how much [CLS] reads of each token in the last block, mean over heads.
+def encode_with_attention(model: Method, images: Tensor) -> tuple[Any, TokenMap]:
+    """``model.encode(images)``, and how much [CLS] reads of each token in the last block, mean over heads.
 
     Returns:
-        Tokens ``[batch, tokens, dim]``, and the map; all of its numbers for one image sum to one.
+        What the method encodes, and the map; all of its numbers for one image sum to one.
 
     Raises:
         TypeError: The last block has no attention that can return its weights.
     """
+    encoder = model.encoder
     attention = getattr(encoder.blocks("vision")[-1], "attn", None)
     if not isinstance(attention, (nn.MultiheadAttention, LoRAAttention)):
         raise TypeError(f"expected blocks with nn.MultiheadAttention or LoRA in it, got {type(attention).__name__}")
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     handle = attention.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
     try:
-        tokens = encoder.encode_tokens(images)
+        encoded = model.encode(images)
     finally:
         handle.remove()
     arguments, options = calls[0]
     _, weights = attention(*arguments, **{**options, "need_weights": True})
-    return tokens, token_map(weights[:, 0], encoder)
+    return encoded, token_map(weights[:, 0], encoder)
 
 
 def crop_transform(encoder: Encoder, *, nearest: bool = False) -> Callable[[Any], Any]:

@@ -1,4 +1,4 @@
-"""An ablation as one HTML page that holds all of its pictures: it opens from disk and asks for nothing else."""
+"""The results of any command as one HTML page, which holds all of its pictures and asks for nothing else."""
 
 from __future__ import annotations
 
@@ -13,24 +13,38 @@ import torch
 from torch import Tensor
 
 from czsl_heads._checks import check_integer
+from czsl_heads._numbers import percent
 from czsl_heads.data.layout import CompositionDataset, DataError, Sample, open_image
-from czsl_heads.models.sac import SAC
+from czsl_heads.models.condensed import Condensed
+from czsl_heads.models.method import Method
 from czsl_heads.report.curves import plot_curves, plot_feasibility, plot_study
 from czsl_heads.report.findings import Finding, examine
 from czsl_heads.report.maps import centres_inside, crop_transform, points_inside
 from czsl_heads.report.overlay import Panel, cosine_panel, data_uri, panels, png_uri, share_panel
 from czsl_heads.report.scatter import plot_gap
-from czsl_heads.report.table import TRANSDUCTIVE, feasibility_note, has_feasibility, percent, tables
+from czsl_heads.report.table import (
+    TRANSDUCTIVE,
+    columns_note,
+    feasibility_note,
+    flat_options,
+    has_feasibility,
+    has_random_weights,
+    results_title,
+    tables,
+)
 
 WITHOUT_MASKS = 8  # this many times the images that are shown are looked at where no masks ask for all
 
 
 class Examined(NamedTuple):
-    """An image of the test split, what two models find in it, and which patches have their centre in its object."""
+    """An image of the test split, what two models find in it, and which patches have their centre in its object.
+
+    ``baseline`` is None where the table has no other model to look with.
+    """
 
     sample: Sample
     finding: Finding
-    baseline: Finding
+    baseline: Finding | None
     inside: Tensor | None
 
     @property
@@ -39,11 +53,11 @@ class Examined(NamedTuple):
         return (best.attribute, best.object) == (self.sample.attribute, self.sample.object)
 
 
-def ablation_page(
+def results_page(
     results: dict[str, Any],
     dataset: CompositionDataset,
-    sac: SAC,
-    baseline: SAC,
+    model: Method,
+    baseline: Method | None = None,
     *,
     seed: int = 0,
     images: int = 6,
@@ -51,10 +65,10 @@ def ablation_page(
     """The page, as HTML.
 
     Args:
-        results: Of ``czsl ablate``.
+        results: Of ``czsl ablate`` or ``czsl train``.
         dataset: That it was run on.
-        sac: The trained model with condenser and memory bank (row 5), in eval mode.
-        baseline: The trained [CLS] model (row 1), in eval mode.
+        model: The trained model of the row that the results show, in eval mode.
+        baseline: That of the row which they call the baseline, in eval mode; None where it is the same.
         seed: Of the two models; it also draws the sample of test images.
         images: How many to show of a random sample, of those predicted right, and of those predicted wrong.
 
@@ -65,41 +79,49 @@ def ablation_page(
     from jinja2 import Environment, StrictUndefined
 
     check_integer("images", images, 1)
-    for model in (sac, baseline):
-        if model.bank_space != dataset.space:
-            raise DataError(f"{dataset.root}: expected the data set that the models were trained on, got another")
-    found = look_at(sac, baseline, dataset, _drawn(dataset, seed, images))
+    models = [model] if baseline is None else [model, baseline]
+    if any(each.space != dataset.space for each in models):
+        raise DataError(f"{dataset.root}: expected the data set that the models were trained on, got another")
+    found = look_at(models, dataset, _drawn(dataset, seed, images))
     rest = found[images:]
     groups = [
         ("A random sample", found[:images]),
         ("Predicted right", [image for image in rest if image.right][:images]),
         ("Predicted wrong", [image for image in rest if not image.right][:images]),
     ]
-    crop = crop_transform(sac.encoder)
+    crop = crop_transform(model.encoder)
     every = tables(results)
     main = len(every) - len(results["studies"])
     pictured = [_plotted(plot_study, study) for study in results["studies"].values()]
+    keys = results["shown"], results["baseline"]
+    cards = [(title, [_card(image, crop, keys) for image in group]) for title, group in groups]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((files("czsl_heads.report") / "page.html").read_text(encoding="utf-8"))
     return template.render(
         results=results,
         config=results["config"],
-        random_weights=results["config"]["encoder"] != "tiny" and ":" not in results["config"]["encoder"],
+        title=results_title(results).replace("`", ""),
+        options=flat_options(results["config"]["options"]),
+        random_weights=has_random_weights(results["config"]["encoder"]),
         tables=every[:main],
         studies=list(zip(every[main:], pictured)),
-        transductive={row["number"] for row in results["rows"] if row["transductive"]},
+        transductive={row["key"] for row in results["rows"] if row["transductive"]},
         transductive_note=TRANSDUCTIVE,
+        columns_note=columns_note(results),
         curves=_plotted(plot_curves, results),
         feasibility=_feasibility(results),
         gaps=_plotted(plot_gap, results),
-        winners=[(row["number"], row["name"], *_winner_shares(row["runs"])) for row in results["rows"]],
+        winners=[(row["key"], row["title"], *_winner_shares(row["by_seed"])) for row in results["rows"]],
         seed=seed,
-        sac=sac,
+        shown=results["shown"],
+        model=model,
+        behind=model if isinstance(model, Condensed) else None,
+        patches=model.encoder.grid[0] * model.encoder.grid[1] + model.encoder.num_prefix,
         looked_at=len(found),
         accuracy=sum(image.right for image in found) / len(found),
-        pointing=pointing_scores(found),
+        pointing=pointing_scores(found, keys),
         masked=sum(image.inside is not None for image in found),
-        groups=[(title, [_card(image, crop) for image in group]) for title, group in groups],
+        groups=cards,
         uri=data_uri,
     )
 
@@ -112,32 +134,34 @@ def _drawn(dataset: CompositionDataset, seed: int, images: int) -> list[int]:
 
 
 def look_at(
-    sac: SAC, baseline: SAC, dataset: CompositionDataset, numbers: list[int], *, batch_size: int = 64
+    models: list[Method], dataset: CompositionDataset, numbers: list[int], *, batch_size: int = 64
 ) -> list[Examined]:
-    """Examine test images, by their numbers, with two models; candidates are those of the closed world's test."""
+    """Examine test images, by their numbers, with one or two models, over the candidates of the closed world."""
+    device = models[0].encoder.logit_scale.device
+    pairs, candidates = dataset.space.pairs_on(device), dataset.eval_mask("test")
     with torch.no_grad():
-        texts = [model.texts(dataset.space) for model in (sac, baseline)]
-    candidates = dataset.eval_mask("test")
+        texts = [model.texts(pairs) for model in models]
     found = []
     for start in range(0, len(numbers), batch_size):
         samples = [dataset.samples["test"][number] for number in numbers[start : start + batch_size]]
         target = torch.tensor([sample.column for sample in samples])
         pictures = [open_image(sample.path) for sample in samples]
         findings = [
-            examine(model, _batch(model, pictures), encoded, candidates=candidates, target=target)
-            for model, encoded in zip((sac, baseline), texts)
+            examine(model, _batch(model, pictures), pairs, encoded, candidates=candidates, target=target)
+            for model, encoded in zip(models, texts)
         ]
-        inside = [_inside(sample, picture.size, dataset, sac) for sample, picture in zip(samples, pictures)]
-        found += [Examined(*parts) for parts in zip(samples, *findings, inside)]
+        others: list[Any] = findings[1] if len(models) > 1 else [None] * len(samples)
+        inside = [_inside(sample, picture.size, dataset, models[0]) for sample, picture in zip(samples, pictures)]
+        found += [Examined(*parts) for parts in zip(samples, findings[0], others, inside)]
     return found
 
 
-def _batch(sac: SAC, pictures: list[Any]) -> Tensor:
-    transform = sac.encoder.transform()
-    return torch.stack([transform(picture) for picture in pictures]).to(sac.encoder.logit_scale.device)
+def _batch(model: Method, pictures: list[Any]) -> Tensor:
+    transform = model.encoder.transform()
+    return torch.stack([transform(picture) for picture in pictures]).to(model.encoder.logit_scale.device)
 
 
-def _inside(sample: Sample, size: tuple[int, int], dataset: CompositionDataset, sac: SAC) -> Tensor | None:
+def _inside(sample: Sample, size: tuple[int, int], dataset: CompositionDataset, model: Method) -> Tensor | None:
     """Which patches have their centre in the object, by the mask file of an image; None where there is none."""
     from torchvision.transforms.functional import pil_to_tensor
 
@@ -147,8 +171,8 @@ def _inside(sample: Sample, size: tuple[int, int], dataset: CompositionDataset, 
     mask = open_image(path)
     if mask.size != size:
         raise DataError(f"{path}: expected a mask of the size of its image, {size}, got {mask.size}")
-    pixels = pil_to_tensor(crop_transform(sac.encoder, nearest=True)(mask.convert("L")))
-    return centres_inside(pixels > 127, sac.encoder.grid)[0]
+    pixels = pil_to_tensor(crop_transform(model.encoder, nearest=True)(mask.convert("L")))
+    return centres_inside(pixels > 127, model.encoder.grid)[0]
 
 
 class Pointing(NamedTuple):
@@ -159,39 +183,46 @@ class Pointing(NamedTuple):
     error: float | None
 
 
-_POINTERS = (
-    ("finding", "alignment", "row 4: cosine with the predicted pair"),
-    ("finding", "labelled", "row 4: cosine with the labelled pair (oracle: it knows the label)"),
-    ("finding", "condenser", "row 4: attention of the condenser (VAC)"),
-    ("finding", "attention", "row 4: attention of [CLS], last block"),
-    ("baseline", "alignment", "row 1: cosine with the predicted pair"),
-    ("baseline", "labelled", "row 1: cosine with the labelled pair (oracle)"),
-    ("baseline", "attention", "row 1: attention of [CLS], last block"),
-)
+_POINTERS = {
+    "alignment": "cosine with the predicted pair",
+    "labelled": "cosine with the labelled pair (oracle: it knows the label)",
+    "condenser": "attention of the condenser (VAC)",
+    "attention": "attention of [CLS], last block",
+}
 
 
-def pointing_scores(found: list[Examined]) -> list[Pointing]:
-    """Pointing scores of all maps, and what blind pointing scores; of the images that have a mask."""
+def pointing_scores(found: list[Examined], keys: tuple[str, str]) -> list[Pointing]:
+    """Pointing scores of all maps, and what blind pointing scores; of the images that have a mask.
+
+    Args:
+        found: Images that were looked at.
+        keys: The rows of the two models.
+    """
     masked = [image for image in found if image.inside is not None]
     if not masked:
         return []
     inside = torch.stack([image.inside for image in masked if image.inside is not None])
+    both: list[list[Finding | None]] = [[image.finding for image in masked], [image.baseline for image in masked]]
     scores = []
-    for model, name, title in _POINTERS:
-        maps = [getattr(image, model).maps[name].patches for image in masked]
-        score = points_inside(torch.stack(maps), inside).float().mean().item()
-        scores.append(Pointing(title, score, (score * (1 - score) / len(masked)) ** 0.5))
+    for key, findings in zip(keys, both):
+        known = [finding.maps for finding in findings if finding is not None]
+        for name in [name for name in _POINTERS if known and name in known[0]]:
+            maps = torch.stack([each[name].patches for each in known])
+            score = points_inside(maps, inside).float().mean().item()
+            error = (score * (1 - score) / len(masked)) ** 0.5
+            scores.append(Pointing(f"row {key}: {_POINTERS[name]}", score, error))
     fixed, chance = inside.float().mean(dim=0).max().item(), inside.float().mean().item()
     scores.append(Pointing("always the same patch, the best one in hindsight", fixed, None))
     return [*scores, Pointing("chance: a patch drawn at random", chance, None)]
 
 
-def _card(image: Examined, crop: Callable[[Any], Any]) -> tuple[Examined, list[Panel]]:
+def _card(image: Examined, crop: Callable[[Any], Any], keys: tuple[str, str]) -> tuple[Examined, list[Panel]]:
     picture = crop(open_image(image.sample.path))
     shown = panels(picture, image.finding.maps)
-    maps = image.baseline.maps
-    shown.append(cosine_panel("row 1: cosine with its predicted pair", picture, maps["alignment"]))
-    shown.append(share_panel("row 1: attention of [CLS], last block", picture, maps["attention"]))
+    if image.baseline is not None:
+        maps = image.baseline.maps
+        shown.append(cosine_panel(f"row {keys[1]}: cosine with its predicted pair", picture, maps["alignment"]))
+        shown.append(share_panel(f"row {keys[1]}: attention of [CLS], last block", picture, maps["attention"]))
     return image, shown
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from czsl_heads._files import whole_file
 
-READOUTS = {
+VECTORS = {
     "cls": "cls: [CLS] stands for the image",
     "pred": "pred: the token that wins the predicted pair",
     "true": "true: the token that wins the labelled pair (oracle)",
@@ -17,14 +17,14 @@ MARKERS = "osD^vPX*"
 
 
 def plot_gap(results: dict[str, Any], path: Path) -> None:
-    """Draw the AUC of every row and seed against its relative modality gap, a panel for each readout of the gap."""
+    """Draw the AUC of every row and seed against its modality gap, a panel for each vector that stands for an image."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7.5), layout="constrained")
-    for axis, (readout, title) in zip(figure.subplots(2, 2, sharey=True).flat, READOUTS.items()):
+    for axis, (vector, title) in zip(figure.subplots(2, 2, sharey=True).flat, VECTORS.items()):
         for color, row in enumerate(results["rows"]):
             style = {"color": f"C{color}", "marker": MARKERS[color % len(MARKERS)], "alpha": 0.75}
-            axis.plot(*_points(row["runs"], readout), linestyle="", label=f"{row['number']}  {row['name']}", **style)
+            axis.plot(*_points(row["by_seed"], vector), linestyle="", label=f"{row['key']}  {row['title']}", **style)
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="relative modality gap", ylabel="AUC, closed world (%)")
         axis.locator_params(axis="x", nbins=5)
@@ -34,9 +34,9 @@ def plot_gap(results: dict[str, Any], path: Path) -> None:
         figure.savefig(temporary, dpi=130)
 
 
-def _points(runs: list[dict[str, Any]], readout: str) -> tuple[list[float], list[float]]:
-    """Gap and AUC in per cent of the runs that have both."""
-    gaps = [run["gap"]["relative_modality_gap"].get(readout) for run in runs]
+def _points(runs: list[dict[str, Any]], vector: str) -> tuple[list[float], list[float]]:
+    """Gap and AUC in per cent of the seeds that have both."""
+    gaps = [run["gap"].get("relative_modality_gap", {}).get(vector) for run in runs]
     areas = [run["test"]["closed"]["standard"]["auc"] for run in runs]
     found = [(gap, 100 * area) for gap, area in zip(gaps, areas) if gap is not None and area is not None]
     return [gap for gap, _ in found], [area for _, area in found]

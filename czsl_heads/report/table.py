@@ -1,9 +1,11 @@
-"""The ablation as a table: for the terminal, and as Markdown."""
+"""The results of any command as tables: for the terminal, and as Markdown."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from czsl_heads._numbers import fraction, interval, markdown_table, percent
 
 COLUMNS = (
     ("S", "seen"),
@@ -13,6 +15,47 @@ COLUMNS = (
     ("attr", "attr_accuracy"),
     ("obj", "obj_accuracy"),
 )
+HEADINGS = ["row", "", *(heading for heading, _ in COLUMNS), "AUC exact", "trainable"]
+# Beside the open world's, where its scores were masked, too.
+FEASIBLE_COLUMNS = (
+    ("HM, feasible", "standard", "harmonic_mean"),
+    ("AUC, feasible", "standard", "auc"),
+    ("AUC exact, feasible", "exact", "auc"),
+)
+SEARCH_HEADINGS = ["row", "", "threshold", "unseen pairs kept", "of", "AUC without, %", "AUC at threshold, %"]
+TRANSDUCTIVE = "transductive: test images, without their labels, change the memory bank while it is tested."
+
+
+class PageTable(NamedTuple):
+    """A table of cells; a heading of "" is over words, any other over numbers."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+
+
+def worlds_of(results: dict[str, Any]) -> list[str]:
+    """The worlds that the rows were scored in, without the one that feasibility masks."""
+    return [world for world in ("closed", "open") if world in results["rows"][0]["summary"]]
+
+
+def tables(results: dict[str, Any]) -> list[PageTable]:
+    """All tables of a command, those of studies behind the others."""
+    rows, seeds, split = results["rows"], seeds_in_words(results), results.get("split", "test")
+    masked = has_feasibility(results)
+    found = []
+    for world in worlds_of(results):
+        more = [heading for heading, _, _ in FEASIBLE_COLUMNS] if masked and world == "open" else []
+        cells = [_cells(row, world) for row in rows]
+        found.append(PageTable(f"{world.capitalize()} world, {split}, % ({seeds})", HEADINGS + more, cells))
+    if masked:
+        cells = [_search_cells(row) for row in rows]
+        found.append(PageTable(f"Feasibility, searched on validation ({seeds})", SEARCH_HEADINGS, cells))
+    if any(row["gap"] for row in rows):
+        found.append(_gap_table(rows, seeds))
+    if len(results["config"]["seeds"]) > 1 and results["comparisons"]:
+        found.append(_differences_table(results, seeds))
+    return found + [_study_table(study, seeds) for study in results["studies"].values()]
 
 
 def _cells(row: dict[str, Any], world: str) -> list[str]:
@@ -20,8 +63,8 @@ def _cells(row: dict[str, Any], world: str) -> list[str]:
     numbers = [percent(summary["standard"][name]) for _, name in COLUMNS]
     masked = row["summary"].get("feasible") if world == "open" else None
     return [
-        row["number"],
-        row["name"],
+        row["key"],
+        row["title"],
         *numbers,
         percent(summary["exact"]["auc"]),
         f"{row['trainable_parameters']:,}",
@@ -29,112 +72,57 @@ def _cells(row: dict[str, Any], world: str) -> list[str]:
     ]
 
 
-def percent(spread: dict[str, float | None]) -> str:
-    """Mean, and deviation if there is one, of a fraction, in per cent."""
-    mean, std = spread["mean"], spread["std"]
-    if mean is None:
-        return "none"
-    return f"{100 * mean:.1f}" if std is None else f"{100 * mean:.1f} ± {100 * std:.1f}"
-
-
-# Beside the open world's, where an ablation has them.
-FEASIBLE_COLUMNS = (
-    ("HM, feasible", "standard", "harmonic_mean"),
-    ("AUC, feasible", "standard", "auc"),
-    ("AUC exact, feasible", "exact", "auc"),
-)
-HEADINGS = ["row", "", *(heading for heading, _ in COLUMNS), "AUC exact", "trainable"]
-
-
-def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """All tables of an ablation as (title, headings, rows of cells); a heading of "" is over words, not numbers."""
-    rows, seeds = results["rows"], _seeds(results)
-    masked = has_feasibility(results)
-    more = {"closed": [], "open": [heading for heading, _, _ in FEASIBLE_COLUMNS] if masked else []}
-    found = [
-        (f"{world.capitalize()} world, test, % ({seeds})", HEADINGS + more[world], [_cells(row, world) for row in rows])
-        for world in ("closed", "open")
-    ]
-    if masked:
-        found.append((f"Feasibility, searched on validation ({seeds})", SEARCH_HEADINGS, [*map(_search_cells, rows)]))
-    readouts = list(rows[-1]["gap"])
-    gaps = [
-        [row["number"], row["name"], *(fraction(row["gap"].get(name)) for name in readouts), percent(_auc(row))]
-        for row in rows
-    ]
-    found.append((f"Relative modality gap, closed world ({seeds})", ["row", "", *readouts, "AUC"], gaps))
-    if len(results["config"]["seeds"]) > 1:
-        aucs = _AUCS + ([("feasible", "standard"), ("feasible", "exact")] if masked else [])
-        differences = [
-            [f"{item['row']} - {item['against']}", *(interval(item["auc"][world][name]) for world, name in aucs)]
-            for item in results["comparisons"]
-        ]
-        headings = ["rows", *(f"AUC {world}, {name}" for world, name in aucs)]
-        found.append((f"Paired differences of the AUC, points, 95 % t intervals ({seeds})", headings, differences))
-    return found + [_study_table(study, seeds) for study in results["studies"].values()]
-
-
-SEARCH_HEADINGS = ["row", "", "threshold", "unseen pairs kept", "of", "AUC without, %", "AUC at threshold, %"]
-
-
 def _search_cells(row: dict[str, Any]) -> list[str]:
     summary = row["feasibility"]
     kept = summary["kept_pairs"]
     return [
-        row["number"],
-        row["name"],
+        row["key"],
+        row["title"],
         fraction(summary["threshold"]),
         f"{kept['mean']:,.0f}" if kept["std"] is None else f"{kept['mean']:,.1f} ± {kept['std']:,.1f}",
-        f"{row['runs'][0]['feasibility']['unseen_pairs']:,}",
+        f"{row['by_seed'][0]['feasibility']['unseen_pairs']:,}",
         percent(summary["auc_unmasked"]),
         percent(summary["auc"]),
     ]
 
 
+def _gap_table(rows: list[dict[str, Any]], seeds: str) -> PageTable:
+    vectors = list(dict.fromkeys(name for row in rows for name in row["gap"]))
+    cells = []
+    for row in rows:
+        gaps = [fraction(row["gap"].get(name)) for name in vectors]
+        cells.append([row["key"], row["title"], *gaps, percent(row["summary"]["closed"]["standard"]["auc"])])
+    return PageTable(f"Relative modality gap, closed world ({seeds})", ["row", "", *vectors, "AUC"], cells)
+
+
+def _differences_table(results: dict[str, Any], seeds: str) -> PageTable:
+    worlds = [*worlds_of(results), *(["feasible"] if has_feasibility(results) else [])]
+    numbers = [(world, protocol) for world in worlds for protocol in ("standard", "exact")]
+    cells = []
+    for item in results["comparisons"]:
+        found = [interval(item["differences"][world][protocol]["auc"]) for world, protocol in numbers]
+        cells.append([f"{item['row']} - {item['against']}", *found])
+    headings = ["rows", *(f"AUC {world}, {protocol}" for world, protocol in numbers)]
+    return PageTable(f"Paired differences of the AUC, points, 95 % t intervals ({seeds})", headings, cells)
+
+
+def _study_table(study: dict[str, Any], seeds: str) -> PageTable:
+    numbers = [(world, protocol) for world in ("closed", "open") for protocol in ("standard", "exact")]
+    cells = []
+    for point in study["points"]:
+        aucs = [percent(point["summary"][world][protocol]["auc"]) for world, protocol in numbers]
+        gaps = [fraction(point["gap"].get(name)) for name in ("cls", "pred")]
+        cells.append([str(point["value"]), point["series"], *aucs, *gaps])
+    headings = [study["axis"], "", *(f"AUC {world}, {protocol}" for world, protocol in numbers), "RMG cls", "RMG pred"]
+    return PageTable(f"{study['title']}, test, % ({seeds})", headings, cells)
+
+
 def has_feasibility(results: dict[str, Any]) -> bool:
-    """Whether an ablation also masked the open world's scores by feasibility."""
+    """Whether the open world's scores were also masked by feasibility."""
     return bool(results["config"].get("world") == "open")
 
 
-_AUCS = [(world, name) for world in ("closed", "open") for name in ("standard", "exact")]
-
-
-def _auc(row: dict[str, Any]) -> dict[str, float | None]:
-    auc: dict[str, float | None] = row["summary"]["closed"]["standard"]["auc"]
-    return auc
-
-
-def _study_table(study: dict[str, Any], seeds: str) -> tuple[str, list[str], list[list[str]]]:
-    cells = [
-        [
-            str(point["value"]),
-            point["series"],
-            *(percent(point["summary"][world][name]["auc"]) for world, name in _AUCS),
-            fraction(point["gap"].get("cls")),
-            fraction(point["gap"].get("pred")),
-        ]
-        for point in study["points"]
-    ]
-    headings = [study["axis"], "", *(f"AUC {world}, {name}" for world, name in _AUCS), "RMG cls", "RMG pred"]
-    return f"{study['title']}, test, % ({seeds})", headings, cells
-
-
-def fraction(spread: dict[str, float | None] | None) -> str:
-    """Mean, and deviation if there is one, as it is; a dash for what a row does not have."""
-    if spread is None or spread["mean"] is None:
-        return "-"
-    return f"{spread['mean']:.3f}" if spread["std"] is None else f"{spread['mean']:.3f} ± {spread['std']:.3f}"
-
-
-def interval(difference: dict[str, float | None]) -> str:
-    """A paired difference of fractions in points, with the half-width of its interval."""
-    mean, half = difference["mean"], difference["half_width"]
-    if mean is None:
-        return "none"
-    return f"{100 * mean:+.1f}" if half is None else f"{100 * mean:+.1f} ± {100 * half:.1f}"
-
-
-def print_ablation(results: dict[str, Any]) -> None:
+def print_results(results: dict[str, Any]) -> None:
     """Print all tables to the terminal."""
     from rich.console import Console
     from rich.table import Table
@@ -149,12 +137,10 @@ def print_ablation(results: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(*(cell.replace("[", r"\[") for cell in row))
         console.print(table)
-    console.print(f"* {TRANSDUCTIVE}")
+    if any(row["transductive"] for row in results["rows"]):
+        console.print(f"* {TRANSDUCTIVE}")
     if has_feasibility(results):
         console.print(feasibility_note(results))
-
-
-TRANSDUCTIVE = "transductive: test images, without their labels, change the memory bank while it is tested."
 
 
 def feasibility_note(results: dict[str, Any]) -> str:
@@ -170,24 +156,46 @@ def feasibility_note(results: dict[str, Any]) -> str:
     )
 
 
-def _notes(results: dict[str, Any]) -> list[str]:
-    """Paragraphs on the transductive row, on vectors that did not enter a memory bank, and on feasibility."""
-    lines = [f"\\* {TRANSDUCTIVE}", ""]
-    if worst := max(run.get("rejected", 0) for row in results["rows"] for run in row["runs"]):
-        lines += [f"{worst} image vectors were not finite and did not enter a memory bank.", ""]
-    return lines + ([feasibility_note(results), ""] if has_feasibility(results) else [])
-
-
-def _seeds(results: dict[str, Any]) -> str:
+def seeds_in_words(results: dict[str, Any]) -> str:
+    """Of which seeds the numbers are."""
     seeds = results["config"]["seeds"]
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± sd of {len(seeds)} seeds"
 
 
-def ablation_markdown(results: dict[str, Any]) -> str:
-    """The same as a Markdown page, with what a reader needs to judge it."""
-    config, data, environment = results["config"], results["data"], results["environment"]
+_SELECTED = {
+    "auc": "by AUC on validation",
+    "loss": "by the loss on validation",
+    "last": "to be the last",
+}
+_BUDGETS = (
+    " Rows 1+ and 2+ have the epochs of both stages, the rate of stage I decaying further; stage II starts at its own "
+    "rate."
+)
+_BEHIND = (
+    " cls, max and topk share seeds, data, budget and initial weights. The condenser is trained behind the finished "
+    "row max, for epochs of its own; the bank trains nothing."
+)
+_GAP = (
+    "The modality gap depends on which vector stands for an image: cls is [CLS], pred the token that wins the "
+    "predicted pair, true the token that wins the labelled pair, vac the condenser's vector. The third knows the label "
+    "and is small by selection alone; no claim should rest on it."
+)
+
+
+def results_title(results: dict[str, Any]) -> str:
+    """What a page is called: the method, the data and the encoder."""
+    config = results["config"]
     name = "the shapes world" if config["shapes"] else f"`{config['data']}`"
-    lines = [f"# Ablation on {name}, encoder `{config['encoder']}`", ""]
+    if config["method"] == "sac" and config["table"] == "steps":
+        return f"Ablation on {name}, encoder `{config['encoder']}`"
+    what = {"alignment": " without and with Sparse Alignment", "one": ""}.get(config["table"], ", step by step")
+    return f"{config['method']}{what} on {name}, encoder `{config['encoder']}`"
+
+
+def results_markdown(results: dict[str, Any]) -> str:
+    """The same as a Markdown page, with what a reader needs to judge it."""
+    config = results["config"]
+    lines = [f"# {results_title(results)}", ""]
     if config["shapes"]:
         lines += [
             f"The shapes world (information imbalance {config['shapes']['imbalance']}) is drawn by this package. "
@@ -195,47 +203,87 @@ def ablation_markdown(results: dict[str, Any]) -> str:
             "",
         ]
     for title, headings, rows in tables(results):
-        lines += [f"## {title}", "", _markdown_row(headings)]
-        lines += [_markdown_row(["--:" if heading else ":--" for heading in headings])]
-        lines += [*map(_markdown_row, rows), ""]
-    lines += [
-        *_notes(results),
-        "S, U: best accuracy on seen and on unseen pairs; HM: best harmonic mean; AUC: area under the seen-unseen "
-        "curve, by the field's standard protocol (20 to 39 biases) and over the exact curve; attr, obj: accuracy of "
-        "the predicted pair's primitives at bias 0. The epoch was chosen by AUC on validation. Rows 1+ and 2+ have the "
-        "epochs of both stages, the rate of stage I decaying further; stage II starts at its own rate.",
-        "",
-        "The modality gap depends on which vector stands for an image: cls is [CLS], pred the token that wins the "
-        "predicted pair, true the token that wins the labelled pair, vac the condenser's vector. The third knows the "
-        "label and is small by selection alone; no claim should rest on it.",
-        "",
-        f"- data: {data['attributes']} attributes, {data['objects']} objects; pairs {_splits(data['pairs'])}; "
-        f"images {_splits(data['images'])}",
-        f"- encoder: `{config['encoder']}`{_random_weights(config['encoder'])}; preset: {config['preset']}; "
-        f"trainer: {_settings(config['trainer']) or 'defaults, one device'}",
-        f"- training: {_settings(config['options'])}",
-        f"- versions: {_settings(environment['versions'])}",
-        f"- hardware: {environment['hardware']['cores']} cores, GPUs: {environment['hardware']['gpus'] or 'none'}",
-        "",
-        "![Seen-unseen curves](curves.png)",
-        "",
-        *(["![Validation AUC by threshold](feasibility.png)", ""] if has_feasibility(results) else []),
-        *(f"![{study['title']}](study-{name}.png)\n" for name, study in results["studies"].items()),
-    ]
+        lines += [f"## {title}", "", *markdown_table(headings, rows), ""]
+    lines += [*_notes(results), *_settings(results), "", "![Seen-unseen curves](curves.png)", ""]
+    if has_feasibility(results):
+        lines += ["![Validation AUC by threshold](feasibility.png)", ""]
+    lines += [f"![{study['title']}](study-{name}.png)\n" for name, study in results["studies"].items()]
     return "\n".join(lines)
 
 
-def _markdown_row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _notes(results: dict[str, Any]) -> list[str]:
+    """Paragraphs on what the columns are, and on what a reader might not expect."""
+    rows, lines = results["rows"], []
+    if any(row["transductive"] for row in rows):
+        lines += [f"\\* {TRANSDUCTIVE}", ""]
+    if worst := max(run.get("rejected", 0) for row in rows for run in row["by_seed"]):
+        lines += [f"{worst} image vectors were not finite and did not enter a memory bank.", ""]
+    if has_feasibility(results):
+        lines += [feasibility_note(results), ""]
+    lines += [columns_note(results), ""]
+    if any(row["gap"] for row in rows):
+        lines += [_GAP, ""]
+    if all(run["best_epoch"] is None for row in rows for run in row["by_seed"]):
+        lines += ["Nothing is trained, so that all seeds would give the same numbers.", ""]
+    return lines
 
 
-def _splits(counts: dict[str, int]) -> str:
+def columns_note(results: dict[str, Any]) -> str:
+    """What S, U, HM and the others are, and how the epoch was chosen."""
+    config = results["config"]
+    chosen = _SELECTED[config["options"].get("selection", "auc")]
+    more = {"steps": _BUDGETS, "alignment": _BEHIND}.get(config["table"], "")
+    return (
+        "S, U: best accuracy on seen and on unseen pairs; HM: best harmonic mean; AUC: area under the seen-unseen "
+        "curve, by the field's standard protocol (20 to 39 biases) and over the exact curve; attr, obj: accuracy of "
+        f"the predicted pair's primitives at bias 0. The epoch was chosen {chosen}.{more}"
+    )
+
+
+def _settings(results: dict[str, Any]) -> list[str]:
+    """Lines on data, encoder, options with their sources, versions and hardware."""
+    config, data, environment = results["config"], results["data"], results["environment"]
+    sources = results["sources"]
+    options = [f"{name} {value}{_source(name, sources)}" for name, value in flat_options(config["options"]).items()]
+    counts = f"{data['attributes']} attributes, {data['objects']} objects; " if "attributes" in data else ""
+    return [
+        f"- data: {counts}pairs {_listed(data['pairs'])}; images {_listed(data['images'])}",
+        f"- encoder: `{config['encoder']}`{_random_weights(config['encoder'])}; preset: {config['preset']}; "
+        f"trainer: {in_words(config['trainer']) or 'defaults, one device'}",
+        f"- training: {', '.join(options)}",
+        f"- versions: {in_words(environment['versions'])}",
+        f"- hardware: {environment['hardware']['cores']} cores, GPUs: {environment['hardware']['gpus'] or 'none'}",
+    ]
+
+
+def flat_options(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by the names that the command line has for them."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if isinstance(value, dict):
+            flat |= flat_options(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _source(name: str, sources: dict[str, str]) -> str:
+    return f" ({sources.get(name, 'default')})" if sources else ""
+
+
+def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
-def _settings(values: dict[str, Any]) -> str:
+def in_words(values: dict[str, Any]) -> str:
+    """Names and values, with commas between."""
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
+def has_random_weights(encoder: str) -> bool:
+    """Whether an encoder's name is an architecture alone."""
+    return encoder != "tiny" and ":" not in encoder
+
+
 def _random_weights(encoder: str) -> str:
-    return "" if encoder == "tiny" or ":" in encoder else " (**random weights**: no tag was given)"
+    return " (**random weights**: no tag was given)" if has_random_weights(encoder) else ""

@@ -18,7 +18,6 @@ from czsl_heads.models.saved import RESULTS
 from czsl_heads.training.config import Config
 from czsl_heads.training.folder import open_folder, plain, wanted_rows
 from czsl_heads.training.open_world import OpenWorld, kept_open_world
-from czsl_heads.training.options import change
 from czsl_heads.training.rows import Readout, Row, Table, Trained
 from czsl_heads.training.run import train_model
 from czsl_heads.training.summary import differences_of, numbers_of, spread, summary_of
@@ -84,7 +83,7 @@ class _Work:
         self.rows: dict[str, list[str]] = {}
         for row in wanted_rows(config):
             model = self.models.setdefault(row.model.folder, row.model)
-            readout = row.readout.resolved(change(config.options, model.changes))
+            readout = config.readout(row)
             self.readouts.setdefault(model.folder, {})[readout.key] = readout
             self.rows.setdefault(model.folder, []).append(row.key)
         about = {"data": "the shapes world" if config.shapes else Path(config.data).name}
@@ -96,7 +95,7 @@ class _Work:
 
     def _model(self, model: Trained, seed: int) -> dict[str, Any]:
         config, base = self.config, None
-        options = change(config.options, model.changes)
+        options = config.options_of(model)
         if model.base is not None and not options.joint:
             if model.base.folder not in self.models:
                 self._base(model.base, seed)
@@ -111,7 +110,7 @@ class _Work:
         self._train(model, None, seed, {})
 
     def _train(self, model: Trained, base: Path | None, seed: int, readouts: dict[str, Readout]) -> dict[str, Any]:
-        config, options = self.config, change(self.config.options, model.changes)
+        config, options = self.config, self.config.options_of(model)
         behind = model.stage == "condense"
         return train_model(
             self.out / f"seed{seed}" / model.folder,
@@ -163,11 +162,9 @@ def _shown(table: Table, rows: list[dict[str, Any]]) -> str:
 
 def _row_results(row: Row, config: Config, records: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """What a table says of a row, from the records of all seeds."""
-    readout = row.readout.resolved(change(config.options, row.model.changes))
+    readout = config.readout(row)
     own = [record[row.model.folder] for record in records]
     by_seed = [_seed_results(record, readout.key, row.budget) for record in own]
-    gaps = [run["gap"]["relative_modality_gap"] for run in by_seed]
-    searches = [run["feasibility"] for run in by_seed if "feasibility" in run]
     return {
         "key": row.key,
         "title": row.title.format(topk=config.options.head.topk),
@@ -175,11 +172,20 @@ def _row_results(row: Row, config: Config, records: list[dict[str, dict[str, Any
         "model": row.model.folder,
         "readout": {"name": readout.key, "bank": None if readout.bank is None else readout.bank._asdict()},
         "trainable_parameters": own[0]["trainable_parameters"],
-        "summary": summary_of([run["test"] for run in by_seed]),
-        "gap": {name: spread([gap[name] for gap in gaps]) for name in gaps[0]},
-        **({"feasibility": _search_summary(searches)} if searches else {}),
+        **row_summary(by_seed),
         "by_seed": by_seed,
     }
+
+
+def row_summary(by_seed: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means and deviations over seeds of what a row scored, of its gap, and of its search for a threshold."""
+    gaps = [run["gap"]["relative_modality_gap"] for run in by_seed if run["gap"]]
+    searches = [run["feasibility"] for run in by_seed if "feasibility" in run]
+    summary = {
+        "summary": summary_of([run["test"] for run in by_seed]),
+        "gap": {name: spread([gap[name] for gap in gaps]) for name in gaps[0]} if gaps else {},
+    }
+    return summary | ({"feasibility": _search_summary(searches)} if searches else {})
 
 
 def _seed_results(record: dict[str, Any], readout: str, budget: str) -> dict[str, Any]:
@@ -218,9 +224,7 @@ def _study_results(name: str, config: Config, records: list[dict[str, dict[str, 
     points = []
     for row in study.points:
         found = _row_results(row, config, records)
-        runs = [
-            {"seed": run["seed"], "test": numbers_of(run["test"]), "gap": run["gap"]} for run in found["by_seed"]
-        ]
+        runs = [{"seed": run["seed"], "test": numbers_of(run["test"]), "gap": run["gap"]} for run in found["by_seed"]]
         points.append(
             {
                 "value": row.value,

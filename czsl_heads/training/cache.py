@@ -65,7 +65,7 @@ def encode_images(
     for images, columns in loader:
         encoded = method.encode(images.to(device, dtype))
         (logits,) = method.compare(encoded, texts)
-        part = EncodedImages(*(map_tensors(Tensor.cpu, value) for value in (encoded, logits)), columns)
+        part = EncodedImages(map_tensors(Tensor.cpu, encoded), map_tensors(Tensor.cpu, logits), columns)
         if limit is not None and not parts and part.num_bytes / len(part) * len(loader.dataset) > limit:  # type: ignore[arg-type]
             return None
         parts.append(part)

@@ -12,15 +12,17 @@ from czsl_heads.data.shapes import ShapesSpec
 from czsl_heads.functional.feasibility import Masking
 from czsl_heads.heads.sparse_align import Reduce
 from czsl_heads.models.registry import method_names
-from czsl_heads.training.options import Options, flatten, load_options, nest
+from czsl_heads.training.options import Options, change, flatten, load_options, nest
 from czsl_heads.training.rows import (
     STUDIES,
     TABLES,
     Addition,
+    Readout,
     Row,
     Study,
     Table,
     TableName,
+    Trained,
     check_added,
     one_model,
 )
@@ -112,6 +114,14 @@ class Config:
     def study(self, name: str) -> Study:
         """A study by its name."""
         return STUDIES[name](self.options)
+
+    def options_of(self, trained: Trained) -> Options:
+        """The options of one model."""
+        return change(self.options, trained.changes)
+
+    def readout(self, row: Row) -> Readout:
+        """How a row scores, with all numbers known."""
+        return row.readout.resolved(self.options_of(row.model))
 
 
 def configure(
@@ -240,9 +250,7 @@ def configure_model(
     check_choice("method", method, method_names())
     if add is None:
         add = ("vac", "bank") if method == "sac" else ()
-    config = _configured(
-        method, data, encoder, preset, imbalance, quick, options, trainer, seeds=1, first_seed=seed
-    )
+    config = _configured(method, data, encoder, preset, imbalance, quick, options, trainer, seeds=1, first_seed=seed)
     return replace(
         config,
         table="one",

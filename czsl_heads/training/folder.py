@@ -21,7 +21,7 @@ from czsl_heads.models.saved import CONFIG
 from czsl_heads.space import CompositionSpace
 from czsl_heads.training.config import OPEN_WORLD, Config
 from czsl_heads.training.open_world import FEASIBILITY, feasibility_table, keep_feasibility
-from czsl_heads.training.options import Options, change
+from czsl_heads.training.options import Options
 from czsl_heads.training.rows import Row, Trained
 from czsl_heads.training.run import check_learning
 from czsl_heads.training.stage import check_validation
@@ -79,7 +79,7 @@ def _tried(config: Config, dataset: CompositionDataset | None) -> torch.Tensor |
     images = _training_images(config, dataset, space)
     tried: list[tuple[Any, ...]] = []
     for trained in dict.fromkeys(row.model for row in wanted_rows(config)):
-        options = change(config.options, trained.changes)
+        options = config.options_of(trained)
         key = trained.align, trained.stage, options
         if key not in tried:
             tried.append(key)
@@ -106,16 +106,24 @@ def _rehearse(config: Config, trained: Trained, options: Options, space: Composi
         check_learning(model, options.epochs, config.method)
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     learns = options.epochs and (not behind or options.joint)
-    if normed and learns and images % options.batch_size == 1:
+    if normed and learns and 1 in _sizes(images, options):
         raise ValueError(
-            f"expected `options.batch_size` that leaves no batch of one of {images} images, for batch norm, got "
-            f"{options.batch_size}"
+            "expected `options.batch_size` and `options.micro_batch` that leave no batch of one of "
+            f"{images} images, for batch norm, got {options.batch_size} and {options.micro_batch}"
         )
     size = model.encoder.image_size
     blank = torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size))
     if isinstance(model, Condensed):
         model.bank = new_bank(space.subset(space.pairs[:1]), model.encoder, options.bank)
     model.eval().scores(blank, space.pairs[:1])
+
+
+def _sizes(images: int, options: Options) -> set[int]:
+    """How many images are run at once in an epoch."""
+    batches = {min(options.batch_size, images), images % options.batch_size} - {0}
+    part = options.micro_batch or options.batch_size
+    parts = {min(part, batch) for batch in batches}
+    return parts | {batch % part for batch in batches}
 
 
 def _drawn_dataset(root: Path, config: Config) -> CompositionDataset:

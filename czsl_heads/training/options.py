@@ -25,8 +25,8 @@ from czsl_heads.models.recipe import (
 from czsl_heads.models.registry import presets_path
 
 Selection = Literal["auc", "loss", "last"]
-# Where a value of a preset is from: the released configuration or command, the paper, the authors in an issue, Troika's,
-# CLIP-LoRA's or RAPR's released code, nobody but us; and of condenser and bank: SAC's preset for that data set.
+# Where a value of a preset is from: the released configuration or command, the paper, the authors in an issue, the
+# released code of Troika, CLIP-LoRA or RAPR, nobody but us; and of condenser and bank: SAC's preset for that data set.
 SOURCES = ("released", "paper", "issue", "troika", "clip-lora", "rapr", "guess", "sac")
 # What a method takes from SAC's preset, since nobody has published it with a condenser.
 _FROM_SAC = ("condense_epochs", "condense_learning_rate", "alpha", "beta", "gamma", "condenser.depth", "bank.slots")
@@ -231,7 +231,6 @@ def load_options(
         _check_names(method, flat)
         settings |= flat
         sources |= dict.fromkeys(flat, source)
-    settings.pop("model", None)  # an empty mapping
     return from_plain(Options, nest(settings), "options"), sources
 
 

@@ -168,7 +168,7 @@ TABLES: dict[TableName, Table] = {
         shown=("5",),
         baseline="1",
     ),
-    # Table 6 of the SAC paper for one method: as published, with Sparse Alignment, and with what can be added behind it.
+    # Table 6 of the SAC paper for one method: as published, with Sparse Alignment, and with what is added behind it.
     "alignment": Table(
         (
             Row("cls", "as published", CLS),
@@ -212,7 +212,7 @@ class Study:
     points: tuple[Row, ...]
 
 
-def _points(title: str, variants: dict[Any, Trained], readout: Readout = Readout()) -> tuple[Row, ...]:  # noqa: B008
+def _points(title: str, variants: dict[Any, Trained], readout: Readout = Readout()) -> tuple[Row, ...]:
     return tuple(Row(str(value), title, model, readout, value=value) for value, model in variants.items())
 
 
@@ -239,9 +239,7 @@ def _blend(options: Options) -> Study:
 
 
 def _condensers(name: str, option: str, values: tuple[float, ...]) -> dict[Any, Trained]:
-    return {
-        value: Trained(f"{name}-{value}", stage="condense", base=MAX, changes={option: value}) for value in values
-    }
+    return {value: Trained(f"{name}-{value}", stage="condense", base=MAX, changes={option: value}) for value in values}
 
 
 def _alpha(options: Options) -> Study:
@@ -267,7 +265,8 @@ def _with_bank(value: float, beta: float | None, gamma: float | None, slots: int
 def _beta(options: Options) -> Study:
     points: list[Row] = []
     for beta in (step / 10 for step in range(11)):
-        points += [Row(str(beta), "condenser", VAC, Readout(beta, probabilities=True), value=beta), *_with_bank(beta, beta, None)]
+        alone = Row(str(beta), "condenser", VAC, Readout(beta, probabilities=True), value=beta)
+        points += [alone, *_with_bank(beta, beta, None)]
     return Study("Weight of the alignment branch", "beta", tuple(points))
 
 

@@ -20,7 +20,7 @@ from czsl_heads.models.saved import WEIGHTS, load_learned, load_model, save_mode
 from czsl_heads.training.evaluate import WORLDS, Evaluation, World
 from czsl_heads.training.open_world import OpenWorld
 from czsl_heads.training.options import Options
-from czsl_heads.training.rows import Readout
+from czsl_heads.training.rows import BankPlan, Readout
 from czsl_heads.training.stage import Stage
 from czsl_heads.training.summary import numbers_of
 from czsl_heads.training.trainer import (
@@ -101,7 +101,7 @@ def train_model(
         "budgets": dict(reversed(results.items())),
     }
     if is_main_process():
-        model.record = _about(about or {}, record, readouts)
+        model.record = _about(model, about or {}, record, readouts)
         save_model(model, folder)
         record = write_json(folder / RECORD, record)  # last: it marks the training as finished
     fitter.strategy.barrier()  # no process may look for the record before it is there
@@ -220,8 +220,10 @@ def _completed(
     best["gap"] = best["gap"] or found["gap"]
     best["rejected"] = max(best["rejected"], found["rejected"])
     if is_main_process():
-        if _keep_bank(evaluation.model, evaluation):
-            save_model(evaluation.model, folder)
+        model = evaluation.model
+        if _keep_bank(model, evaluation):
+            model.record = _about(model, model.record, record, readouts)
+            save_model(model, folder)
         record = write_json(folder / RECORD, record)
     return record
 
@@ -239,9 +241,7 @@ def evaluate_model(
     """Score a finished model in other ways, in one pass; nothing is written."""
     options = recorded_options(folder)
     model = load_model(folder)
-    evaluation = Evaluation(
-        model, dataset, options, dict(readouts), split=split, worlds=worlds, open_world=open_world
-    )
+    evaluation = Evaluation(model, dataset, options, dict(readouts), split=split, worlds=worlds, open_world=open_world)
     check_trainer(trainer or {})
     with quiet(), interruptible():
         testing_trainer(trainer or {}).test(evaluation, verbose=False)
@@ -253,10 +253,15 @@ def recorded_options(folder: Path) -> Options:
     return from_plain(Options, read_json(folder / RECORD)["options"], "options")
 
 
-def _about(about: dict[str, Any], record: dict[str, Any], readouts: Mapping[str, Readout]) -> dict[str, Any]:
-    """What a saved model knows of its training: numbers are of its richest readout that keeps test images out."""
-    inductive = [name for name, readout in readouts.items() if not (readout.bank and readout.bank.updates)]
-    best = record["budgets"]["best"]
-    test = numbers_of(best["test"][inductive[-1]]) if inductive else None
+def _about(
+    model: Method, about: dict[str, Any], record: dict[str, Any], readouts: Mapping[str, Readout]
+) -> dict[str, Any]:
+    """What a saved model knows of its training; the numbers are those of its own way to rank, if it was scored so."""
+    options, best = from_plain(Options, record["options"], "options"), record["budgets"]["best"]
+    own = Readout()
+    if isinstance(model, Condensed):
+        own = Readout(None) if model.bank is None else Readout(None, None, BankPlan())
+    scored = [name for name, readout in readouts.items() if readout == own.resolved(options)]
+    test = numbers_of(best["test"][scored[0]]) if scored else None
     known = {"seed": record["seed"], "epoch": best["best_epoch"], "selection": record["options"]["selection"]}
     return {**about, **known, "test": test, "transductive": False}

@@ -55,7 +55,6 @@ class Stage(lightning.LightningModule):
         super().__init__()
         check_validation(dataset)
         self.model, self.dataset, self.options, self.seed = model, dataset, options, seed
-        self.behind = model if isinstance(model, Condensed) and not model.joint else None
         self.strict_loading = False
         space = dataset.space
         self.train_space = space.subset(space.seen_mask)
@@ -67,6 +66,11 @@ class Stage(lightning.LightningModule):
         self._scores: dict[str, CZSLScore] = {}
         self._loss_sum = torch.zeros((), dtype=torch.float64)
         self.train()  # Lightning keeps the modes it is given, and a wrapped CLIP comes in eval mode
+
+    @property
+    def behind(self) -> Condensed | None:
+        """The model, where its condenser alone is trained; no attribute, which would be saved beside it."""
+        return self.model if isinstance(self.model, Condensed) and not self.model.joint else None
 
     def train_dataloader(self) -> DataLoader[Any]:
         ranks = {"rank": self.global_rank, "num_ranks": self.trainer.world_size}

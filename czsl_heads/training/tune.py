@@ -17,7 +17,9 @@ BETAS = tuple(step / 10 for step in range(11))
 GAMMAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
-def tune(run: Path, dataset: CompositionDataset, model: str, seeds: list[int], trainer: dict[str, Any]) -> dict[str, Any]:
+def tune(
+    run: Path, dataset: CompositionDataset, model: str, seeds: list[int], trainer: dict[str, Any]
+) -> dict[str, Any]:
     """Score the validation images of a finished training by every beta and gamma, the memory bank being frozen.
 
     Args:

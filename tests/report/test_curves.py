@@ -16,7 +16,7 @@ def test_the_curves_are_drawn(results: dict, tmp_path: Path) -> None:
     plot_curves(results, tmp_path / "curves.png")
     whole = colors_of(tmp_path / "curves.png")
     for row in results["rows"]:
-        for run in row["runs"]:
+        for run in row["by_seed"]:
             for world in run["test"].values():
                 for protocol in world.values():
                     protocol["curve"] = [[0.0, 0.0]]
@@ -27,7 +27,7 @@ def test_the_curves_are_drawn(results: dict, tmp_path: Path) -> None:
 
 def test_what_does_not_exist_is_left_out(results: dict, tmp_path: Path) -> None:
     for row in results["rows"]:
-        for run in row["runs"]:
+        for run in row["by_seed"]:
             run["test"]["open"]["exact"]["curve"] = [[0.5, None]]
             run["test"]["open"]["standard"]["curve"] = [[0.5, None]]
     plot_curves(results, tmp_path / "curves.png")

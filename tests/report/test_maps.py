@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from czsl_heads import add_lora, wrap
+from czsl_heads import CompositionSpace, add_lora, wrap
+from czsl_heads.models.method import Method
 from czsl_heads.report.maps import (
     TokenMap,
     alignment_map,
@@ -21,6 +22,12 @@ from czsl_heads.report.maps import (
 from tests.references import reference_alignment_map, reference_cls_attention, reference_pointing
 
 GRID = (6, 4)  # of the small encoder
+SPACE = CompositionSpace(["red"], ["circle"], seen=[("red", "circle")])
+
+
+def method_of(encoder):
+    """The least that can be looked at."""
+    return Method(encoder, SPACE)
 
 
 @pytest.fixture
@@ -74,7 +81,7 @@ def test_the_attention_of_cls_equals_a_loop_over_heads(small_clip_factory, small
                 nn.init.normal_(delta.b, std=0.3)
     heard = []
     last.ln_1.register_forward_hook(lambda module, arguments, output: heard.append(output))
-    tokens, found = encode_with_attention(encoder, images)
+    tokens, found = encode_with_attention(method_of(encoder), images)
     torch.testing.assert_close(tokens, encoder.encode_tokens(images), rtol=0, atol=1e-6)
     if lora:
         last.attn.merge()
@@ -88,16 +95,17 @@ def test_the_attention_of_cls_equals_a_loop_over_heads(small_clip_factory, small
 
 def test_nothing_stays_hooked_after_the_maps_even_if_they_fail(small_encoder, images):
     attention = small_encoder.blocks("vision")[-1].attn
-    encode_with_attention(small_encoder, images)
+    method = method_of(small_encoder)
+    encode_with_attention(method, images)
     with pytest.raises(ValueError, match="expected `images` of shape"):
-        encode_with_attention(small_encoder, images[:, :, 1:])
+        encode_with_attention(method, images[:, :, 1:])
     assert not attention._forward_pre_hooks
 
 
 def test_a_block_without_attention_weights_raises(small_encoder, images):
     small_encoder.blocks("vision")[-1] = nn.Identity()
     with pytest.raises(TypeError, match=r"expected blocks with nn.MultiheadAttention or LoRA in it, got NoneType"):
-        encode_with_attention(small_encoder, images)
+        encode_with_attention(method_of(small_encoder), images)
 
 
 @pytest.mark.parametrize("size", [(28, 42), (71, 53), (53, 71), (200, 90)])

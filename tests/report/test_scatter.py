@@ -5,7 +5,7 @@ import copy
 import numpy as np
 from PIL import Image
 
-from czsl_heads.report.scatter import READOUTS, plot_gap
+from czsl_heads.report.scatter import VECTORS, plot_gap
 
 
 def run(gaps, auc):
@@ -15,8 +15,8 @@ def run(gaps, auc):
 
 def rows():
     gaps = {"cls": 0.3, "pred": 0.4, "true": 0.2}
-    plain = {"number": "1", "name": "first", "runs": [run(gaps, 0.5), run({**gaps, "cls": 0.35}, 0.6)]}
-    condensed = {"number": "2", "name": "second", "runs": [run({**gaps, "vac": 0.5}, 0.55)]}
+    plain = {"key": "1", "title": "first", "by_seed": [run(gaps, 0.5), run({**gaps, "cls": 0.35}, 0.6)]}
+    condensed = {"key": "2", "title": "second", "by_seed": [run({**gaps, "vac": 0.5}, 0.55)]}
     return [plain, condensed]
 
 
@@ -27,13 +27,13 @@ def colored(path):
     return int((pixels.max(axis=2) - pixels.min(axis=2) > 60).sum())
 
 
-def test_each_readout_has_a_panel():
-    assert set(READOUTS) == {"cls", "pred", "true", "vac"}
+def test_each_vector_has_a_panel():
+    assert set(VECTORS) == {"cls", "pred", "true", "vac"}
 
 
 def test_points_are_drawn_and_missing_numbers_are_not(tmp_path):
     full, fewer = rows(), rows()
-    fewer[0]["runs"][1]["test"]["closed"]["standard"]["auc"] = None
+    fewer[0]["by_seed"][1]["test"]["closed"]["standard"]["auc"] = None
     for name, content in (("full", full), ("fewer", fewer)):
         before = copy.deepcopy(content)
         plot_gap({"rows": content}, tmp_path / f"{name}.png")

@@ -1,8 +1,12 @@
 """Tables say what the results say."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from czsl_heads.report.table import ablation_markdown, fraction, interval, percent, print_ablation
+from czsl_heads._numbers import fraction, interval, percent
+from czsl_heads.report.table import print_results, results_markdown, tables
 
 
 @pytest.mark.parametrize(
@@ -25,17 +29,17 @@ def table_of(page: str, title: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("world", ["closed", "open"])
 def test_the_page_has_every_row_of_both_worlds(results: dict, world: str) -> None:
-    table = table_of(ablation_markdown(results), f"{world.capitalize()} world, test, % (mean ± sd of 3 seeds)")
+    table = table_of(results_markdown(results), f"{world.capitalize()} world, test, % (mean ± sd of 3 seeds)")
     assert len(table) == len(results["rows"]) == 8
     for row, cells in zip(results["rows"], table):
         summary = row["summary"][world]
-        assert cells[:2] == [row["number"], row["name"]]
+        assert cells[:2] == [row["key"], row["title"]]
         assert cells[5] == percent(summary["standard"]["auc"])
         assert cells[8] == percent(summary["exact"]["auc"])
 
 
-def test_the_gap_stands_beside_the_auc_by_readout(results: dict) -> None:
-    for row, cells in zip(results["rows"], table_of(ablation_markdown(results), "Relative modality gap")):
+def test_the_gap_stands_beside_the_auc_by_vector(results: dict) -> None:
+    for row, cells in zip(results["rows"], table_of(results_markdown(results), "Relative modality gap")):
         assert cells[2:] == [
             *(fraction(row["gap"][name]) for name in ("cls", "pred", "true")),
             fraction(row["gap"].get("vac")),
@@ -44,13 +48,13 @@ def test_the_gap_stands_beside_the_auc_by_readout(results: dict) -> None:
 
 
 def test_differences_have_their_intervals(results: dict) -> None:
-    table = table_of(ablation_markdown(results), "Paired differences")
+    table = table_of(results_markdown(results), "Paired differences")
     for item, cells in zip(results["comparisons"], table):
         assert cells[0] == f"{item['row']} - {item['against']}"
-        assert cells[1] == interval(item["auc"]["closed"]["standard"])
+        assert cells[1] == interval(item["differences"]["closed"]["standard"]["auc"])
     assert len(table) == len(results["comparisons"])
     results["config"]["seeds"] = [0]
-    assert "Paired differences" not in ablation_markdown(results)
+    assert "Paired differences" not in results_markdown(results)
 
 
 @pytest.mark.parametrize(
@@ -74,17 +78,32 @@ def test_a_gap_is_shown_as_it_is(spread: dict | None, text: str) -> None:
 
 
 def test_the_page_says_when_weights_were_random(results: dict) -> None:
-    assert "random weights" not in ablation_markdown(results)
+    assert "random weights" not in results_markdown(results)
     results["config"]["encoder"] = "ViT-B-32"
-    assert "random weights" in ablation_markdown(results)
+    assert "random weights" in results_markdown(results)
     results["config"]["encoder"] = "ViT-B-32:openai"
-    assert "random weights" not in ablation_markdown(results)
+    assert "random weights" not in results_markdown(results)
 
 
 def test_the_terminal_shows_both_worlds_and_whole_names(results: dict, capsys: pytest.CaptureFixture) -> None:
-    print_ablation(results)
+    print_results(results)
     shown = capsys.readouterr().out
     for text in ("Closed world", "Open world", "[CLS] baseline", "+ Sparse Alignment", "* transductive"):
         assert text in shown
     for row in results["rows"]:
-        assert row["name"] in shown
+        assert row["title"] in shown
+
+
+def test_a_table_of_a_baseline_has_the_worlds_and_the_sources_that_it_has() -> None:
+    path = Path(__file__).parents[2] / "docs" / "baseline_results" / "csp-0.5" / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    titles = [table.title for table in tables(results)]
+    assert [title.partition(",")[0] for title in titles] == ["Closed world", "Paired differences of the AUC"]
+    page = results_markdown(results)
+    assert page.startswith("# csp without and with Sparse Alignment on the shapes world")
+    assert "learning_rate 0.0001 (guess)" in page
+    assert "bank.slots 16 (sac)" in page
+    assert "modality gap" not in page
+    for run in (run for row in results["rows"] for run in row["by_seed"]):
+        run["best_epoch"] = None
+    assert "Nothing is trained" in results_markdown(results)
