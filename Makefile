@@ -1,15 +1,17 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Each makes .venv and installs what it needs.
+# While working: `make unit` takes about two minutes. Before a release: `make slow`, true shapes, which CI does not run.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_OUT ?= demo
 DEMO_FLAGS ?=
+PARALLEL := --numprocesses auto --dist loadfile
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit whole slow clean
 
 demo: .venv/train.stamp
 	$(BIN)/czsl ablate --data shapes --encoder tiny --out $(DEMO_OUT) $(DEMO_FLAGS)
 
-test: lint types unit
+test: lint types whole
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
@@ -19,7 +21,13 @@ types: .venv/dev.stamp
 	$(BIN)/mypy
 
 unit: .venv/dev.stamp
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest -m "not engine and not slow" $(PARALLEL)
+
+whole: .venv/dev.stamp
+	$(BIN)/pytest $(PARALLEL)
+
+slow: .venv/dev.stamp
+	$(BIN)/pytest -m slow tests/slow
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -43,6 +43,22 @@ class Saved(PyTorchModelHubMixin, library_name="czsl-heads", tags=["compositiona
         check_built(self)  # type: ignore[arg-type]  # before anything in the folder is touched
         return super().save_pretrained(save_directory, **options)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what :meth:`save_pretrained` writes to the Hugging Face Hub, and return the address of the commit.
+
+        Args:
+            repo_id: The name there, ``"user/model"``; it is made where there is none.
+            options: Of ``huggingface_hub.PyTorchModelHubMixin``, such as ``private`` or ``commit_message``.
+
+        Raises:
+            ValueError: As :meth:`save_pretrained`.
+        """
+        from czsl_heads.models.saved import check_built
+
+        check_built(self)  # type: ignore[arg-type]  # before there is an empty place for it
+        link: str = super().push_to_hub(repo_id, **options)
+        return link
+
     def _save_pretrained(self, save_directory: Path) -> None:
         from czsl_heads.models.saved import save_model
 

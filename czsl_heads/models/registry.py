@@ -36,7 +36,7 @@ def find_method(name: str) -> type[Method]:
     try:
         found = entry.load()
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"expected `method` {name} in {entry.value}, got {error}{_shadow(entry)}") from error
+        raise ValueError(f"expected `method` {name} in {entry.value}, got {error}{_shadow(entry, error)}") from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise TypeError(f"expected `method` {name} to be a class of Method in {entry.value}, got {found!r}")
     return found
@@ -61,9 +61,11 @@ def _entry(name: str) -> EntryPoint:
     return found[name]
 
 
-def _shadow(entry: EntryPoint) -> str:
+def _shadow(entry: EntryPoint, error: Exception) -> str:
     """The folder that hides the package of an entry point, as a project's own folder of that name does."""
     top = entry.module.partition(".")[0]
+    if isinstance(error, ImportError) and (error.name or top).partition(".")[0] != top:
+        return ""  # what is missing is something else, which the package wants
     spec = find_spec(top)
     places = [] if spec is None else [*(spec.submodule_search_locations or [])]
     return f" (`{top}` is {places[0]} here; another folder of that name may hide it)" if places else ""

@@ -28,7 +28,7 @@ def finished(run: Path, seed: int | None = None) -> tuple[dict[str, Any], int]:
         ValueError: The folder is of no command, of an unfinished one, of another version, or lacks the seed.
     """
     if not (run / CONFIG).is_file():
-        raise ValueError(f"expected `run` to be a folder that czsl train or ablate wrote, got {run}, without {CONFIG}")
+        raise ValueError(f"expected `run` of czsl train or czsl ablate, got {run}, which has no {CONFIG}")
     if not (run / RESULTS).is_file():
         raise ValueError(
             f"expected `run` to be finished, got {run}, which has no {RESULTS}; its czsl command, given again, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from czsl_heads._checks import check_choice
@@ -46,7 +46,8 @@ class Readout:
             plan = plan._replace(slots=options.bank.slots)
         beta = options.beta if self.beta is None else self.beta
         gamma = options.gamma if self.gamma is None else self.gamma
-        return Readout(beta, gamma, plan, self.probabilities)
+        resolved = Readout(beta, gamma, plan)
+        return replace(resolved, probabilities=self.probabilities and resolved.alone)
 
     @property
     def alone(self) -> bool:
