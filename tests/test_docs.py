@@ -1,6 +1,5 @@
 """Every Python block of the README and of docs/ runs, in the order of its page."""
 
-import dataclasses
 import json
 import re
 import runpy
@@ -9,8 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from czsl_heads.report.table import ablation_markdown, percent
-from czsl_heads.training.options import SACOptions
+from czsl_heads._numbers import percent
+from czsl_heads.report.table import flat_options, results_markdown
+from czsl_heads.training.ablate import SCHEMA, compared
+from czsl_heads.training.finished import config_of
+from czsl_heads.training.options import Options
+from czsl_heads.training.rows import TABLES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,18 +48,31 @@ def test_the_model_card_quotes_its_record() -> None:
 
 
 RESULTS = sorted((ROOT / "docs" / "results").iterdir())
+BASELINE_RESULTS = sorted((ROOT / "docs" / "baseline_results").iterdir())
 
 
-@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", [*RESULTS, *BASELINE_RESULTS], ids=lambda folder: folder.name)
 def test_committed_tables_are_those_of_the_committed_numbers(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
-    assert (folder / "ablation.md").read_text() == ablation_markdown(results)
-    assert len(results["config"]["seeds"]) == 3
+    assert (folder / "ablation.md").read_text() == results_markdown(results)
+    assert len(results["config"]["seeds"]) == len(results["rows"][0]["by_seed"])
+
+
+@pytest.mark.parametrize("folder", [*RESULTS, *BASELINE_RESULTS], ids=lambda folder: folder.name)
+def test_committed_results_are_of_the_schema_of_today(folder: Path) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    assert results["schema"] == SCHEMA
+    assert config_of(results).as_dict().keys() - {"shapes"} <= results["config"].keys()
+    table = TABLES[results["config"]["table"]]
+    rows = table.asked(results["config"]["add"])
+    assert [row["key"] for row in results["rows"]] == [row.key for row in rows]
+    assert [row["model"] for row in results["rows"]] == [row.model.folder for row in rows]
+    assert results["comparisons"] == compared(table, results["rows"])
 
 
 def test_the_readme_quotes_the_committed_results() -> None:
     results = json.loads((ROOT / "docs" / "results" / "imbalance-0.5" / "results.json").read_text())
-    auc = {row["number"]: percent(row["summary"]["closed"]["standard"]["auc"]) for row in results["rows"]}
+    auc = {row["key"]: percent(row["summary"]["closed"]["standard"]["auc"]) for row in results["rows"]}
     text = " ".join((ROOT / "README.md").read_text().split())
     assert (
         f"AUC is {auc['1']} with [CLS], {auc['2']} with Sparse Alignment, {auc['4']} with condenser and distillation, "
@@ -74,8 +90,8 @@ def test_the_tables_of_results_are_made_from_the_committed_numbers() -> None:
 
 def test_every_option_of_training_is_on_its_page() -> None:
     page = (ROOT / "docs" / "ablation.md").read_text()
-    for field in dataclasses.fields(SACOptions):
-        assert f"`{field.name}`" in page, field.name
+    for name in flat_options(Options().as_dict()):
+        assert f"`{name}`" in page, name
 
 
 def test_relative_links_lead_somewhere() -> None:
