@@ -9,9 +9,7 @@ Finished runs in DIR are kept.
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,176 +17,138 @@ import torch
 from torch import Tensor
 
 from baselines.clip import CLIP
-from baselines.options import configure
-from baselines.train import train_row
+from benchmarks.variants import run_variants, variant
 from czsl_heads import CompositionSpace, wrap
-from czsl_heads._files import write_json
-from czsl_heads.data.layout import CompositionDataset, read_dataset
-from czsl_heads.data.shapes import ShapesSpec, make_shapes
-from czsl_heads.functional.feasibility import Masking, feasibility, mask_infeasible
-from czsl_heads.metrics.czsl_score import CZSLScore
-from czsl_heads.metrics.feasibility_search import FeasibilitySearch
-from czsl_heads.prompts.primitives import encode_primitives
+from czsl_heads._files import read_json, write_json
+from czsl_heads.data.layout import CompositionDataset
+from czsl_heads.data.shapes import ShapesSpec
+from czsl_heads.functional import czsl_scores, mask_infeasible, search_threshold
+from czsl_heads.functional.feasibility import Masking
 from czsl_heads.training.ablate import environment
+from czsl_heads.training.config import configure
+from czsl_heads.training.folder import open_folder
 from czsl_heads.training.loaders import eval_loader
-from czsl_heads.training.options import SACOptions
+from czsl_heads.training.open_world import feasibility_table
+from czsl_heads.training.rows import Row
 from czsl_heads.training.summary import paired_difference, spread
 
 RESULTS = Path(__file__).parent / "results" / "baseline_choices.json"
-QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
-# The options of each part that are compared: name of the variant, method, row, changed options.
-Variant = tuple[str, str, str, dict[str, Any]]
-EACH = {"disentangle": "each"}
-SEAM: tuple[Variant, ...] = (
-    ("disentangle: each", "troika", "max", EACH),
-    ("disentangle: winner", "troika", "max", {"disentangle": "winner"}),
-    ("align_branches: pairs", "troika", "max", {"align_branches": ["pairs"]}),
-    ("align_branches: attributes, objects", "troika", "max", {**EACH, "align_branches": ["attributes", "objects"]}),
-    ("include_cls: False", "troika", "max", {**EACH, "include_cls": False}),
-    ("align_tokens: normed", "troika", "max", {**EACH, "align_tokens": "normed"}),
-    ("norm_rows: cls", "troika", "max", {**EACH, "norm_rows": "cls"}),
-    ("dropout_mask: image", "troika", "max", {**EACH, "dropout_mask": "image"}),
+EACH = {"model.disentangle": "each"}
+PRIMITIVES = {"model.align_branches": ["attributes", "objects"]}
+SEAM = (
+    variant("disentangle: each", "max", EACH),
+    variant("disentangle: winner", "max", {"model.disentangle": "winner"}),
+    variant("align_branches: pairs", "max", {"model.align_branches": ["pairs"]}),
+    variant("align_branches: attributes, objects", "max", {**EACH, **PRIMITIVES}),
+    variant("include_cls: False", "max", {**EACH, "head.include_cls": False}),
+    variant("align_tokens: normed", "max", {**EACH, "model.align_tokens": "normed"}),
+    variant("norm_rows: cls", "max", {**EACH, "model.norm_rows": "cls"}),
+    variant("dropout_mask: image", "max", {**EACH, "model.dropout_mask": "image"}),
 )
 BY_LOSS = {"selection": "loss"}
-QUIRKS: tuple[Variant, ...] = (
-    ("default", "troika", "cls", {}),
-    ("patch_norm: cumulative", "troika", "cls", {"patch_norm": "cumulative"}),
-    ("fusion: logits", "troika", "cls", {"fusion": "logits"}),
-    ("text_chunk: 64", "troika", "cls", {"text_chunk": 64}),
-    ("stays_in_eval: True", "troika", "cls", {"stays_in_eval": True}),
-    ("official: True", "troika", "cls", {"official": True}),
-    ("default, epoch by loss", "troika", "cls", BY_LOSS),
-    ("fused_validation_loss: True, epoch by loss", "troika", "cls", {**BY_LOSS, "fused_validation_loss": True}),
-    ("default", "csp", "cls", {}),
-    ("half_logits: True", "csp", "cls", {"half_logits": True}),
-    ("dropout_at_evaluation: True", "csp", "cls", {"dropout_at_evaluation": True}),
+FUSED_LOSS = {**BY_LOSS, "model.fused_validation_loss": True}
+TROIKA_QUIRKS = (
+    variant("default", "cls"),
+    variant("patch_norm: cumulative", "cls", {"model.patch_norm": "cumulative"}),
+    variant("fusion: logits", "cls", {"model.fusion": "logits"}),
+    variant("text_chunk: 64", "cls", {"model.text_chunk": 64}),
+    variant("stays_in_eval: True", "cls", {"model.stays_in_eval": True}),
+    variant("official: True", "cls", {"model.official": True}),
+    variant("default, epoch by loss", "cls", BY_LOSS),
+    variant("fused_validation_loss: True, epoch by loss", "cls", FUSED_LOSS),
 )
-TRAINED = {"seam": SEAM, "quirks": QUIRKS}
+CSP_QUIRKS = (
+    variant("default", "cls"),
+    variant("half_logits: True", "cls", {"model.half_logits": True}),
+    variant("dropout_at_evaluation: True", "cls", {"model.dropout_at_evaluation": True}),
+)
+TRAINED = {"seam": {"troika": SEAM}, "quirks": {"troika": TROIKA_QUIRKS, "csp": CSP_QUIRKS}}
 # The variant that another is compared with, where it is not the first of its method.
 AGAINST = {"fused_validation_loss: True, epoch by loss": "default, epoch by loss"}
+Columns = dict[str, list[float | None]]
 
 
-def run_variant(work: Path, dataset: CompositionDataset, variant: Variant, seed: int) -> dict[str, Any]:
-    """Train and test one variant, or read what was done before."""
-    name, method, row, options = variant
-    config = configure(method, data=str(dataset.root), preset="shapes", options=options, trainer=QUIET)
-    folder = work / re.sub(r"\W+", "-", f"{method}-{row}-{name}")
-    settings = {key: value for key, value in config.as_dict().items() if key not in ("data", "seeds")}
-    kept = folder / "config.json"
-    if kept.exists() and json.loads(kept.read_text()) != json.loads(json.dumps(settings)):
-        raise ValueError(f"expected `work` to be new or of the same settings, got {kept} of others")
-    write_json(kept, settings)
-    return train_row(folder / f"seed{seed}", dataset, config, row, seed)
-
-
-def numbers(record: dict[str, Any]) -> dict[str, float | None]:
-    """AUC on validation images, where the epoch was chosen by it, and on test images."""
-    selected = record["selected"]  # a loss is negative
-    return {
-        "validation_auc": selected if selected >= 0 else None,
-        "test_auc": record["test"]["closed"]["standard"]["auc"],
-    }
-
-
-def study(work: Path, seeds: list[int], parts: list[str], imbalance: float) -> dict[str, Any]:
+def study(work: Path, seeds: int, parts: list[str], imbalance: float) -> dict[str, Any]:
     """The variants of some parts, written to ``results/baseline_choices.json`` beside other parts that stand there."""
     work = work / f"imbalance-{imbalance}"
-    root = work / "shapes"
-    spec = replace(ShapesSpec(), imbalance=imbalance)
-    if not root.exists():
-        make_shapes(root, **asdict(spec))
-    dataset = read_dataset(root)
-    done = json.loads(RESULTS.read_text())["parts"] if RESULTS.exists() else {}
+    done = read_json(RESULTS)["parts"] if RESULTS.exists() else {}
     if "zero-shot" in parts:
-        done["zero-shot"] = {"imbalance": imbalance, "rows": zero_shot(dataset)}
+        done["zero-shot"] = {"imbalance": imbalance, "rows": zero_shot(work / "zero-shot", imbalance)}
     for part in [part for part in TRAINED if part in parts]:
-        found: dict[tuple[str, str], list[dict[str, float | None]]] = {}
-        for seed in seeds:
-            for variant in TRAINED[part]:
-                record = numbers(run_variant(work, dataset, variant, seed))
-                found.setdefault((variant[1], variant[0]), []).append(record)
-                print(part, seed, variant[1], variant[0], record, flush=True)
-        done[part] = {"seeds": seeds, "imbalance": imbalance, "rows": _rows(TRAINED[part], found)}
+        rows: list[dict[str, Any]] = []
+        for method, variants in TRAINED[part].items():
+            found = run_variants(work / part / method, variants, method=method, seeds=seeds, imbalance=imbalance)
+            rows += compared(method, variants, found)
+        done[part] = {"seeds": list(range(seeds)), "imbalance": imbalance, "rows": rows}
     results = {
         "command": "python -m benchmarks.baseline_choices",
         "environment": environment(),
-        "shapes": {name: value for name, value in asdict(spec).items() if name != "imbalance"},
+        "shapes": {name: value for name, value in asdict(ShapesSpec()).items() if name != "imbalance"},
         "parts": done,
     }
     written: dict[str, Any] = write_json(RESULTS, results)
     return written
 
 
-def _rows(
-    variants: tuple[Variant, ...], found: dict[tuple[str, str], list[dict[str, float | None]]]
-) -> list[dict[str, Any]]:
+def compared(method: str, variants: tuple[Row, ...], found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """AUC of each variant, and the difference from the one that it is compared with."""
+    columns = {row["key"]: columns_of(row) for row in found}
     rows = []
-    for name, method, row, options in variants:
-        first = next(variant[0] for variant in variants if variant[1] == method)
-        other = AGAINST.get(name, first)
-        columns, others = (
-            {key: [record[key] for record in found[method, which]] for key in ("validation_auc", "test_auc")}
-            for which in (name, other)
-        )
-        rows.append(
-            {
-                "method": method,
-                "row": row,
-                "name": name,
-                "options": options,
-                "runs": columns,
-                **{key: spread(column) for key, column in columns.items()},
-                "against": None if name == other else other,
-                "difference": {key: paired_difference(column, others[key]) for key, column in columns.items()},
-            }
-        )
+    for row, own in zip(variants, columns.values()):
+        other = AGAINST.get(row.key, variants[0].key)
+        differences = {key: paired_difference(own[key], columns[other][key]) for key in own}
+        spreads = {key: spread(column) for key, column in own.items()}
+        known = {"method": method, "row": row.model.align, "name": row.key, "options": row.model.changes, "runs": own}
+        against = None if other == row.key else other
+        rows.append({**known, **spreads, "against": against, "difference": differences})
     return rows
 
 
+def columns_of(row: dict[str, Any]) -> Columns:
+    """AUC by seed, on validation images, where the epoch was chosen by it, and on test images."""
+    selected = [run["selected"] for run in row["by_seed"]]
+    tested = [run["test"]["closed"]["standard"]["auc"] for run in row["by_seed"]]
+    return {"validation_auc": selected if min(selected) >= 0 else [None] * len(selected), "test_auc": tested}
+
+
 @torch.no_grad()
-def zero_shot(dataset: CompositionDataset) -> list[dict[str, Any]]:
+def zero_shot(folder: Path, imbalance: float) -> list[dict[str, Any]]:
     """AUC of CLIP on test images, in the closed world and, where feasibility masks, in the open one."""
-    clip, rounded, blind = (CLIP(wrap("tiny"), dataset.space, half_logits=half).eval() for half in (False, True, False))
+    config = configure("clip", imbalance=imbalance)
+    dataset = open_folder(folder, config)
+    space, opened = dataset.space, dataset.space.open_world()
+    clip, rounded, blind = (CLIP(wrap("tiny"), space, half_logits=half).eval() for half in (False, True, False))
     torch.nn.init.zeros_(blind.encoder.get_parameter("model.positional_embedding"))  # type: ignore[attr-defined]
-    rows = [
-        {"name": name, "test_auc": _auc(dataset, _scores(model, dataset, "test"))}
-        for name, model in (("default", clip), ("half_logits: True", rounded), ("enable_pos_emb: False", blind))
-    ]
-    opened = dataset.space.open_world()
-    seen = torch.zeros(len(opened.attributes), len(opened.objects), dtype=torch.bool)
-    seen[tuple(opened.pairs[opened.seen_mask].T)] = True
-    table = feasibility(*encode_primitives(clip.encoder, opened), seen)
-    rated = table[opened.pairs[:, 0], opened.pairs[:, 1]]
-    scores, targets = _scores(clip, dataset, "test", opened)
-    rows.append({"name": "open world, not masked", "test_auc": _auc(dataset, (scores, targets), opened)})
+    rows = []
+    for name, model in (("default", clip), ("half_logits: True", rounded), ("enable_pos_emb: False", blind)):
+        pairs = _labelled(dataset, "test", space)
+        area = czsl_scores(_scores(model, dataset, "test", space), *pairs, dataset.eval_mask("test")).auc
+        rows.append({"name": name, "test_auc": area})
+
+    rated = feasibility_table(config, space)[opened.pairs[:, 0], opened.pairs[:, 1]]
+    validation, scores = (_scores(clip, dataset, split, opened) for split in ("val", "test"))
+    pairs = _labelled(dataset, "test", opened)
+    rows.append({"name": "open world, not masked", "test_auc": czsl_scores(scores, *pairs).auc})
     for masking in get_args(Masking):
-        search = FeasibilitySearch(opened, rated, masking=masking)
-        search.update(*_scores(clip, dataset, "val", opened))
-        for name, threshold in (("searched", search.compute().threshold), ("0", 0.0)):
+        labelled = _labelled(dataset, "val", opened)
+        found = search_threshold(validation, *labelled, feasibility=rated, masking=masking)
+        for name, threshold in (("searched", found.threshold), ("0", 0.0)):
             masked = mask_infeasible(scores, rated, opened.seen_mask, threshold, masking=masking)
-            area = _auc(dataset, (masked, targets), opened)
+            area = czsl_scores(masked, *pairs).auc
             rows.append({"name": f"masking: {masking}, threshold {name}", "threshold": threshold, "test_auc": area})
     return rows
 
 
-def _scores(
-    model: CLIP, dataset: CompositionDataset, split: str, space: CompositionSpace | None = None
-) -> tuple[Tensor, Tensor]:
-    """Scores of all images of a split, and the columns of their pairs."""
-    space = dataset.space if space is None else space
-    texts, parts, columns = model.texts(space.pairs), [], []
-    loader = eval_loader(dataset.images(split, model.encoder.transform()), SACOptions(eval_batch_size=128))
-    for images, found in loader:
-        parts.append(model.scores(images, space.pairs, texts))
-        columns.append(space.index(dataset.space.pairs)[found])
-    return torch.cat(parts), torch.cat(columns)
+def _scores(model: CLIP, dataset: CompositionDataset, split: str, space: CompositionSpace) -> Tensor:
+    """Scores of all images of a split."""
+    texts, images = model.texts(space.pairs), dataset.images(split, model.encoder.transform())
+    return torch.cat([model.scores(batch, space.pairs, texts) for batch, _ in eval_loader(images, 128)])
 
 
-def _auc(dataset: CompositionDataset, scored: tuple[Tensor, Tensor], space: CompositionSpace | None = None) -> float:
-    mask = dataset.eval_mask("test") if space is None else None
-    score = CZSLScore(dataset.space if space is None else space, eval_mask=mask)
-    score.update(*scored)
-    return float(score.compute().auc)
+def _labelled(dataset: CompositionDataset, split: str, space: CompositionSpace) -> tuple[Tensor, ...]:
+    """The columns of the pairs of all images of a split, the primitives of all columns, and which were seen."""
+    columns = space.index(dataset.space.pairs)[dataset.images(split).columns]
+    return columns, *space.pairs.unbind(dim=1), space.seen_mask
 
 
 if __name__ == "__main__":
@@ -200,4 +160,4 @@ if __name__ == "__main__":
     parser.add_argument("--parts", type=list[str], default=["zero-shot", *TRAINED])
     parser.add_argument("--imbalance", type=float, default=0.5)
     asked = parser.parse_args()
-    study(asked.work, list(range(asked.seeds)), asked.parts, asked.imbalance)
+    study(asked.work, asked.seeds, asked.parts, asked.imbalance)

@@ -1,4 +1,4 @@
-"""Why does Sparse Alignment not beat [CLS] on the shapes world? ``python benchmarks/sparse_alignment.py --work DIR``.
+"""Why does Sparse Alignment not beat [CLS] on the shapes world? ``python -m benchmarks.sparse_alignment --work DIR``.
 
 Trains stage I in many ways, which differ from [CLS] or from Sparse Alignment in what their names say (a run that starts
 from another has trained twice as long in all), over towers that were pretrained differently, and prints the AUC of
@@ -8,20 +8,17 @@ pretrained first (10 to 40 minutes each on a CPU core); finished runs are kept.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from czsl_heads._files import write_json
-from czsl_heads.data import make_shapes, read_dataset
+from benchmarks.variants import run_variants, variant
+from czsl_heads._files import read_json, write_json
 from czsl_heads.encoders.tiny import RECORD
 from czsl_heads.training.ablate import environment
-from czsl_heads.training.evaluate import Readout
 from czsl_heads.training.options import load_options
 from czsl_heads.training.pretrain_tiny import PretrainSpec, pretrain
-from czsl_heads.training.run import train_model
-from czsl_heads.training.summary import SUMMARY, spread
+from czsl_heads.training.rows import Row
+from czsl_heads.training.summary import spread
 
 RESULTS = Path(__file__).parent / "results" / "sparse_alignment.json"
 SHORT = {"images": 30_000, "steps": 600, "test_per_pair": 10}
@@ -30,96 +27,87 @@ TOWERS: dict[str, dict[str, Any]] = {
     "parts": {**SHORT, "pair_weight": 0.0, "part_weight": 1.0},  # captions never name a whole pair
     "deep": {**SHORT, "layers": 8},
 }
-MLP = {"lora_matrices": ["q", "k", "v", "o", "fc", "proj"], "lora_rank": 64}
-PATCHES = {"include_cls": False}
-# Name: tower, reduction, options that differ, and the run whose weights it starts from.
-VARIANTS: dict[str, tuple[str, str, dict[str, Any], str | None]] = {
-    "shipped, [CLS]": ("tiny", "cls", {}, None),
-    "shipped, max": ("tiny", "max", {}, None),
-    "shipped, max over patches": ("tiny", "max", PATCHES, None),
-    "short, [CLS]": ("short", "cls", {}, None),
-    "short, max": ("short", "max", {}, None),
-    "short, max over patches": ("short", "max", PATCHES, None),
-    "short, mean of the best 9": ("short", "topk", {"topk": 9}, None),
-    "short, logsumexp (0.02)": ("short", "logsumexp", {"temperature": 0.02}, None),
-    "short, max, from [CLS]": ("short", "max", {}, "short, [CLS]"),
-    "short, max over patches, from the best 9": ("short", "max", PATCHES, "short, mean of the best 9"),
-    "short, [CLS], LoRA on MLP too": ("short", "cls", MLP, None),
-    "short, max, LoRA on MLP too": ("short", "max", MLP, None),
-    "short, max over patches, LoRA on MLP too": ("short", "max", {**MLP, **PATCHES}, None),
-    "parts, [CLS]": ("parts", "cls", {}, None),
-    "parts, max": ("parts", "max", {}, None),
-    "deep, [CLS]": ("deep", "cls", {}, None),
-    "deep, max": ("deep", "max", {}, None),
-    "deep, max over patches": ("deep", "max", PATCHES, None),
+MLP = {"lora.matrices": ["q", "k", "v", "o", "fc", "proj"], "lora.rank": 64}
+PATCHES = {"head.include_cls": False}
+SHORT_CLS = variant("short, [CLS]", "cls")
+SHORT_BEST = variant("short, mean of the best 9", "topk", {"head.topk": 9})
+# By tower, each behind the one whose weights it starts from.
+VARIANTS: dict[str, tuple[Row, ...]] = {
+    "tiny": (
+        variant("shipped, [CLS]", "cls"),
+        variant("shipped, max", "max"),
+        variant("shipped, max over patches", "max", PATCHES),
+    ),
+    "short": (
+        SHORT_CLS,
+        variant("short, max", "max"),
+        variant("short, max over patches", "max", PATCHES),
+        SHORT_BEST,
+        variant("short, logsumexp (0.02)", "logsumexp", {"head.temperature": 0.02}),
+        variant("short, max, from [CLS]", "max", base=SHORT_CLS),
+        variant("short, max over patches, from the best 9", "max", PATCHES, base=SHORT_BEST),
+        variant("short, [CLS], LoRA on MLP too", "cls", MLP),
+        variant("short, max, LoRA on MLP too", "max", MLP),
+        variant("short, max over patches, LoRA on MLP too", "max", {**MLP, **PATCHES}),
+    ),
+    "parts": (variant("parts, [CLS]", "cls"), variant("parts, max", "max")),
+    "deep": (
+        variant("deep, [CLS]", "cls"),
+        variant("deep, max", "max"),
+        variant("deep, max over patches", "max", PATCHES),
+    ),
 }
 OPTIONS = {"epochs": 8, "learning_rate": 3e-4}
-QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
 
 
-def run_variant(work: Path, name: str, seed: int) -> dict[str, Any]:
-    """Train and test one variant, or read what was done before."""
-    tower, reduce, changes, base = VARIANTS[name]
-    folder = work / "runs" / f"seed{seed}"
-    record = train_model(
-        folder / name.replace(" ", "-").replace("[", "").replace("]", ""),
-        read_dataset(work / "shapes"),
-        load_options("shapes", {**OPTIONS, **changes}),
-        {"aligned": Readout()},
-        encoder=tower if tower == "tiny" else f"tiny:{work / tower}",
-        reduce=reduce,  # type: ignore[arg-type]
-        base=None if base is None else folder / base.replace(" ", "-").replace("[", "").replace("]", ""),
-        seed=seed,
-        trainer=QUIET,
-    )
-    best: dict[str, Any] = record["budgets"]["best"]
-    return best
-
-
-def study(work: Path, seeds: list[int], towers: list[str]) -> dict[str, Any]:
+def study(work: Path, seeds: int, towers: list[str]) -> dict[str, Any]:
     """All variants of some towers, written to ``results/sparse_alignment.json``."""
-    if not (work / "shapes").exists():
-        make_shapes(work / "shapes")
+    rows, pretrained = [], {}
     for tower in towers:
-        if tower != "tiny" and not (work / tower / RECORD).exists():
-            pretrain(work / tower, PretrainSpec(**TOWERS[tower]))
-    rows = []
-    for name, (tower, reduce, changes, base) in VARIANTS.items():
-        if tower not in towers:
-            continue
-        runs = [run_variant(work, name, seed) for seed in seeds]
-        numbers = {
-            world: {
-                number: spread([run["test"]["aligned"][world]["standard"][number] for run in runs])
-                for number in SUMMARY
-            }
-            for world in ("closed", "open")
-        }
-        gaps = {
-            kind: spread([run["gap"]["relative_modality_gap"][kind] for run in runs])
-            for kind in ("cls", "pred", "true")
-        }
-        patches = spread([run["gap"]["winners_that_are_patches"]["true"] for run in runs])
-        rows.append(
-            {"name": name, "tower": tower, "reduce": reduce, "changes": changes, "starts_from": base}
-            | {"numbers": numbers, "gap": gaps, "winners_that_are_patches": patches}
-        )
-        print(_line(rows[-1]), flush=True)
-    zero_shot = {
-        tower: json.loads((work / tower / RECORD).read_text())["zero_shot"]["0.5"]
-        for tower in towers
-        if tower != "tiny"
-    }
-    content: dict[str, Any] = {
+        encoder = "tiny"
+        if tower in TOWERS:
+            pretrained[tower] = {"pretraining": TOWERS[tower], "zero_shot": zero_shot(work / tower, tower)}
+            encoder = f"tiny:{work / tower}"
+        variants = VARIANTS[tower]
+        found = run_variants(work / "runs" / tower, variants, encoder=encoder, seeds=seeds, options=OPTIONS)
+        rows += [described(*each, tower) for each in zip(variants, found)]
+    content = {
         "question": "Why does Sparse Alignment not beat [CLS] on the shapes world?",
         "environment": environment(),
-        "seeds": seeds,
-        "options": asdict(load_options("shapes", OPTIONS)),
-        "towers": {name: {"pretraining": TOWERS[name], "zero_shot": zero_shot[name]} for name in zero_shot},
+        "seeds": list(range(seeds)),
+        "options": load_options("sac", "shapes", OPTIONS)[0].as_dict(),
+        "towers": pretrained,
         "rows": rows,
     }
     written: dict[str, Any] = write_json(RESULTS, content)
     return written
+
+
+def zero_shot(folder: Path, tower: str) -> dict[str, float]:
+    """What a tower knows after its pretraining, which is done first if need be."""
+    if not (folder / RECORD).exists():
+        pretrain(folder, PretrainSpec(**TOWERS[tower]))
+    known: dict[str, float] = read_json(folder / RECORD)["zero_shot"]["0.5"]
+    return known
+
+
+def described(asked: Row, found: dict[str, Any], tower: str) -> dict[str, Any]:
+    """A variant and its numbers over all seeds."""
+    model, summary = asked.model, found["summary"]
+    names = {each.model: each.key for each in VARIANTS[tower]}
+    patches = [run["gap"]["winners_that_are_patches"]["true"] for run in found["by_seed"]]
+    row = {
+        "name": asked.key,
+        "tower": tower,
+        "reduce": model.align,
+        "changes": model.changes,
+        "starts_from": model.base and names[model.base],
+        "numbers": {world: summary[world]["standard"] for world in summary},
+        "gap": found["gap"],
+        "winners_that_are_patches": spread(patches),
+    }
+    print(_line(row), flush=True)
+    return row
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -136,4 +124,4 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--towers", type=list[str], default=["tiny", *TOWERS])
     chosen = parser.parse_args()
-    study(chosen.work, list(range(chosen.seeds)), chosen.towers)
+    study(chosen.work, chosen.seeds, chosen.towers)

@@ -8,31 +8,31 @@ included, with and without running the blocks of both towers again. On a GPU if 
 from __future__ import annotations
 
 import gc
-import json
 from itertools import product
 from typing import Any
 
 import torch
 
-from baselines.options import load_options
-from baselines.troika import Troika
 from benchmarks.measure import RESULTS, peak_memory, write_results
-from benchmarks.whole_steps import SEED, SIZES, draw_space
-from czsl_heads import SparseAlignHead, wrap
+from benchmarks.whole_steps import SEED, SIZES, draw_images, draw_space
+from czsl_heads._files import read_json
+from czsl_heads.models.recipe import build
+from czsl_heads.training.options import load_options
 
 QUESTION = "What memory does a training step of Troika take at the size of C-GQA, batch 16?"
 BATCH = 16
 
 
-def step_bytes(device: str, *, checkpoint: bool, disentangle: str, scale: float = 1.0) -> dict[str, float]:
+def step_bytes(
+    device: str, *, checkpoint: bool, disentangle: str, encoder: str = "ViT-L-14", scale: float = 1.0
+) -> dict[str, float]:
     """Weights, and the peak of a step beyond them, in GB, with a part ``scale`` of the primitives and pairs."""
     torch.manual_seed(SEED)
     space = draw_space(SIZES["C-GQA"], scale)
-    options = load_options("troika", "cgqa")[0]
-    choices = {"checkpoint": checkpoint, "disentangle": disentangle, **options.model}
-    troika = Troika(wrap("ViT-L-14"), space, align=SparseAlignHead(), **choices).to(device)
+    options, _ = load_options("troika", "cgqa", {"checkpoint": checkpoint, "model.disentangle": disentangle})
+    troika = build(options.recipe("troika", encoder, "max"), space).to(device)
     pairs = space.pairs[space.seen_mask].to(device)
-    images, targets = torch.randn(BATCH, 3, 224, 224, device=device), torch.arange(BATCH, device=device)
+    images, targets = draw_images(troika, BATCH, device), torch.arange(BATCH, device=device) % len(pairs)
 
     def step() -> None:
         troika.train().loss(images, pairs, targets).backward()
@@ -46,7 +46,7 @@ def step_bytes(device: str, *, checkpoint: bool, disentangle: str, scale: float 
 def kept_rows(device: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of other choices that were measured before, and these."""
     path = RESULTS / f"troika_memory-{device}.json"
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    before = read_json(path)["rows"] if path.exists() else []
     measured = [row["checkpoint"] for row in rows]
     return [row for row in before if row["checkpoint"] not in measured] + rows
 

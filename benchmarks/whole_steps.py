@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 from benchmarks.measure import peak_memory, time_in_turn, write_results
 from benchmarks.prompts import PaddedPrompts
-from czsl_heads import SAC, CompositionSpace
+from czsl_heads import CompositionSpace
 from czsl_heads.functional.fusion import fuse
-from czsl_heads.models.sac import BranchLogits, SACOutput, SpaceTexts
-from czsl_heads.training.evaluate import new_bank
+from czsl_heads.models.condensed import Condensed
+from czsl_heads.models.method import Logits
+from czsl_heads.models.recipe import build, new_bank
+from czsl_heads.models.sac import Aligned
+from czsl_heads.prompts.soft import TextFeatures
 from czsl_heads.training.micro_batch import losses_in_parts
-from czsl_heads.training.options import SACOptions, load_options
-from czsl_heads.training.run import build_sac
+from czsl_heads.training.options import Options, load_options
 
 SEED = 0
 QUESTION = "What does a whole step cost, against the same written the usual way, and where does the time go?"
@@ -49,20 +51,17 @@ SIZES = {
     "MIT-States": Sizes("mit-states", 115, 245, 1262, 1962, 30338),
     "C-GQA": Sizes("cgqa", 413, 674, 5592, 7555, 26920),
 }
+ON_CPU = {"C-GQA": 0.25}  # of its numbers: on all of them the usual way wants 30 GB for its prompts
 
 
-class UsualHead(nn.Module):
-    """Every cosine is made, then the maximum over tokens is taken; ``cls`` looks at token 0 alone."""
+class UsualSeam(nn.Module):
+    """Every cosine is made, then the maximum over tokens is taken."""
 
-    def __init__(self, logit_scale: float, *, cls: bool) -> None:
-        super().__init__()
-        self.logit_scale, self.cls = logit_scale, cls
-
-    def forward(self, tokens: Tensor, texts: Tensor) -> Tensor:
-        tokens, texts = (F.normalize(part.float(), dim=-1) for part in (tokens[:, :1] if self.cls else tokens, texts))
+    def forward(self, tokens: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+        tokens, texts = (F.normalize(part.float(), dim=-1) for part in (tokens, texts))
         with torch.autocast(tokens.device.type, enabled=False):
             cosines: Tensor = torch.einsum("bld,cd->blc", tokens, texts)
-        return self.logit_scale * cosines.amax(dim=1)
+        return scale * cosines.amax(dim=1)
 
 
 class UsualBank(nn.Module):
@@ -99,30 +98,29 @@ class UsualBank(nn.Module):
             self.features[pair, worst], self.entropy[pair, worst] = F.normalize(vector, dim=0), entropy
 
 
-class UsualSAC(SAC):
-    """SAC whose scores of pairs are put together one by one, and in training not at all."""
+class UsualAligned(Aligned):
+    """Stage I of SAC with such a seam, prompts one by one, and scores of pairs that are put together one by one."""
 
-    def pair_scores(self, logits: BranchLogits, space: CompositionSpace) -> Tensor:
-        if self.training:
-            return logits.pairs
-        scores, attrs, objs = (rows.softmax(dim=1) for rows in logits)
-        for column, (attr, obj) in enumerate(space.pairs.tolist()):
-            scores[:, column] += attrs[:, attr] * objs[:, obj]
+    def __init__(self, encoder: Any, space: CompositionSpace) -> None:
+        super().__init__(encoder, space)
+        self.seam = UsualSeam()  # type: ignore[assignment]
+        self.prompts = PaddedPrompts(encoder, space, encode="plain")
+        self.prompts.length = POSITIONS
+
+    def probabilities(self, logits: Logits, pairs: Tensor) -> Tensor:
+        scores, attributes, objects = (rows.softmax(dim=1) for rows in logits)
+        for column, (attribute, obj) in enumerate(pairs.tolist()):
+            scores[:, column] += attributes[:, attribute] * objects[:, obj]
         return scores
 
 
-def usual_way(sac: SAC, space: CompositionSpace) -> UsualSAC:
+def usual_way(model: Any) -> Any:
     """The rival of a model: it shares encoder and condenser, and has prompts, and if need be a bank, of its own."""
-    condenser = sac.condenser or False
-    usual = UsualSAC(sac.encoder, space, condenser=condenser, bank=False, beta=sac.beta, gamma=sac.gamma)
-    scale = sac.condensed_head.logit_scale
-    usual.head, usual.condensed_head = UsualHead(scale, cls=False), UsualHead(scale, cls=True)  # type: ignore[assignment]
-    prompts = PaddedPrompts(sac.encoder, space, encode="plain")
-    prompts.length = POSITIONS
-    usual.prompts = prompts
-    if sac.bank is not None:
-        usual.use_bank(UsualBank(sac.bank), space)  # type: ignore[arg-type]
-    return usual.to(next(sac.parameters()).device)
+    usual: Any = UsualAligned(model.encoder, model.space)
+    if isinstance(model, Condensed):
+        usual = Condensed(usual, model.condenser, beta=model.beta, gamma=model.gamma)
+        usual.bank = UsualBank(model.bank)
+    return usual.to(model.encoder.logit_scale.device)
 
 
 def draw_space(sizes: Sizes, scale: float) -> CompositionSpace:
@@ -131,66 +129,63 @@ def draw_space(sizes: Sizes, scale: float) -> CompositionSpace:
     pairs = min(pairs, attrs * objs)
     drawn = torch.randperm(attrs * objs, generator=torch.Generator().manual_seed(SEED))[:pairs].tolist()
     columns = [(column // objs, column % objs) for column in drawn]
-    names = [f"attribute {i}" for i in range(attrs)], [f"object {i}" for i in range(objs)]
-    return CompositionSpace(*names, seen=columns[:seen], unseen=columns[seen:])
+    attributes = [f"attribute {i}" for i in range(attrs)]
+    objects = [f"object {i}" for i in range(objs)]
+    return CompositionSpace(attributes, objects, seen=columns[:seen], unseen=columns[seen:])
 
 
-def draw_images(sac: SAC, count: int, device: str) -> Tensor:
-    size = sac.encoder.image_size
+def draw_images(model: Any, count: int, device: str) -> Tensor:
+    size = model.encoder.image_size
     shape = (size, size) if isinstance(size, int) else size
     return torch.randn(count, 3, *shape, generator=torch.Generator().manual_seed(SEED)).to(device)
 
 
-def build(
-    encoder: str, space: CompositionSpace, options: SACOptions, device: str, *, condenser: bool
-) -> tuple[SAC, UsualSAC]:
+def build_ways(
+    encoder: str, space: CompositionSpace, options: Options, device: str, *, condenser: bool, usual: bool
+) -> dict[str, Any]:
     """A model and its rival; LoRA as if it had been trained, or nothing would reach one of its two matrices."""
     torch.manual_seed(SEED)
-    sac = build_sac(encoder, space, options, condenser=condenser).to(device)
-    for name, parameter in sac.named_parameters():
+    ours: Any = build(options.recipe("sac", encoder, "max", condenser=condenser), space).to(device)
+    for name, parameter in ours.named_parameters():
         if name.endswith(".b"):
             nn.init.normal_(parameter, std=0.02)
     if condenser:
-        sac.use_bank(new_bank(space, sac.encoder.dim, sac, options).to(device), space)
-    return sac, usual_way(sac, space)
+        ours.bank = new_bank(space, ours.encoder, options.bank)
+    return {"ours": ours, "usual": usual_way(ours)} if usual else {"ours": ours}
 
 
-def training_losses(sac: SAC, texts: SpaceTexts, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-    return sac.losses(sac.compare(sac.encode(images), texts), target)
+def training_loss(model: Aligned, pairs: Tensor, images: Tensor, target: Tensor) -> Tensor:
+    return model.losses(model(images, pairs), pairs, target)["loss"]
 
 
-def training_loss(sac: SAC, space: CompositionSpace, images: Tensor, target: Tensor) -> Tensor:
-    return training_losses(sac, sac.texts(space), images, target)["loss"]
-
-
-def loss_in_parts(sac: SAC, space: CompositionSpace, images: Tensor, target: Tensor) -> Tensor:
+def loss_in_parts(model: Aligned, pairs: Tensor, images: Tensor, target: Tensor) -> Tensor:
     """In two micro-batches."""
 
-    def losses(part: Any, features: Any) -> dict[str, Tensor]:
-        return training_losses(sac, SpaceTexts(space, features), *part)
+    def losses(part: Any, texts: TextFeatures) -> dict[str, Tensor]:
+        return model.losses(model(part[0], pairs, texts), pairs, part[1])
 
-    features, size = sac.texts(space).features, (len(images) + 1) // 2
-    return losses_in_parts(losses, [images, target], features, trained(sac), size=size)["loss"]
+    texts, size = model.texts(pairs), (len(images) + 1) // 2
+    return losses_in_parts(losses, [images, target], texts, trained(model), size=size)["loss"]
 
 
-def checkpointed_loss(sac: SAC, space: CompositionSpace, images: Tensor, target: Tensor) -> Tensor:
-    sac.checkpoint = sac.prompts.checkpoint = True
+def checkpointed_loss(model: Aligned, pairs: Tensor, images: Tensor, target: Tensor) -> Tensor:
+    model.checkpoint = model.prompts.checkpoint = True
     try:
-        return training_loss(sac, space, images, target)
+        return training_loss(model, pairs, images, target)
     finally:
-        sac.checkpoint = sac.prompts.checkpoint = False
+        model.checkpoint = model.prompts.checkpoint = False
 
 
-def trained(sac: SAC) -> list[nn.Parameter]:
-    return [parameter for parameter in sac.parameters() if parameter.requires_grad]
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class Training:
-    """One way to take a training step, on inputs of its own; ``loss`` is a function of model, space, images, target."""
+    """One way to take a training step, on inputs of its own; ``loss`` is a function of model, pairs, images, target."""
 
-    def __init__(self, sac: SAC, options: SACOptions, inputs: tuple[Any, ...], *, half: bool) -> None:
-        self.sac, self.inputs, self.half, self.device = sac, inputs, half, inputs[1].device.type
-        self.optimizer = torch.optim.Adam(trained(sac), lr=options.learning_rate, weight_decay=options.weight_decay)
+    def __init__(self, model: Aligned, options: Options, inputs: tuple[Tensor, Tensor, Tensor], *, half: bool) -> None:
+        self.model, self.inputs, self.half, self.device = model, inputs, half, inputs[1].device.type
+        self.optimizer = torch.optim.Adam(trained(model), lr=options.learning_rate, weight_decay=options.weight_decay)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device, torch.bfloat16, enabled=self.half)
@@ -198,27 +193,31 @@ class Training:
     def gradients(self, loss: Callable[..., Tensor] = training_loss) -> list[Tensor]:
         """The loss and its gradients."""
         with self.autocast():
-            value = loss(self.sac, *self.inputs)
-        return [value.detach(), *torch.autograd.grad(value, trained(self.sac))]
+            value = loss(self.model, *self.inputs)
+        return [value.detach(), *torch.autograd.grad(value, trained(self.model))]
 
     def step(self, loss: Callable[..., Tensor] = training_loss) -> None:
         self.optimizer.zero_grad()
         with self.autocast():
-            value = loss(self.sac, *self.inputs)
+            value = loss(self.model, *self.inputs)
         value.backward()
         self.optimizer.step()
 
     def parts(self) -> dict[str, Callable[[], object]]:
         """The parts of a step, each on the results of the others; backward passes of graphs that are kept."""
-        sac, (space, images, target) = self.sac, self.inputs
+        model, (pairs, images, target) = self.model, self.inputs
+
+        def compare() -> Tensor:
+            return model.losses(model.compare(leaves[0], features)[0], pairs, target)["loss"]
+
         with self.autocast():
-            texts, tokens = sac.texts(space), sac.encode(images)
-            leaves = [part.detach().requires_grad_() for part in (tokens, *texts.features)]
-            features = SpaceTexts(space, type(texts.features)(*leaves[1:]))
-            loss = sac.losses(sac.compare(leaves[0], features), target)["loss"]
-        prompts = [*sac.prompts.parameters()]
+            texts, tokens = model.texts(pairs), model.encode(images)
+            leaves = [part.detach().requires_grad_() for part in (tokens, *texts)]
+            features = TextFeatures(*leaves[1:])
+            loss = compare()
+        prompts = [*model.prompts.parameters()]
         known = {*map(id, prompts)}
-        lora = [parameter for parameter in trained(sac) if id(parameter) not in known]
+        lora = [parameter for parameter in trained(model) if id(parameter) not in known]
         ahead = torch.autograd.grad(loss, leaves, retain_graph=True)
 
         def forward(run: Callable[[], object]) -> object:
@@ -227,23 +226,23 @@ class Training:
 
         backward = partial(torch.autograd.grad, retain_graph=True)
         return {
-            "vision forward": partial(forward, lambda: sac.encode(images)),
-            "text forward": partial(forward, lambda: sac.texts(space)),
-            "head and losses": partial(forward, lambda: sac.losses(sac.compare(leaves[0], features), target)),
+            "vision forward": partial(forward, lambda: model.encode(images)),
+            "text forward": partial(forward, lambda: model.texts(pairs)),
+            "head and losses": partial(forward, compare),
             "head and losses backward": partial(backward, loss, leaves),
-            "text backward": partial(backward, [*texts.features], prompts, [*ahead[1:]]),
+            "text backward": partial(backward, [*texts], prompts, [*ahead[1:]]),
             "vision backward": partial(backward, tokens, lora, ahead[0]),
         }
 
 
 def measure_training(
-    ways: dict[str, SAC], options: SACOptions, images: int, device: str, *, half: bool, rounds: int, compiled: bool
+    ways: dict[str, Any], options: Options, images: int, device: str, *, half: bool, rounds: int, compiled: bool
 ) -> dict[str, Any]:
     ours = ways["ours"]
-    space = ours.bank_space.subset(ours.bank_space.seen_mask)
-    target = torch.randint(len(space), (images,), generator=torch.Generator().manual_seed(SEED)).to(device)
-    inputs = (space, draw_images(ours, images, device), target)
-    steps = {name: Training(sac.train(), options, inputs, half=half) for name, sac in ways.items()}
+    pairs = ours.space.pairs[ours.space.seen_mask].to(device)
+    target = torch.randint(len(pairs), (images,), generator=torch.Generator().manual_seed(SEED)).to(device)
+    inputs = (pairs, draw_images(ours, images, device), target)
+    steps = {name: Training(model.train(), options, inputs, half=half) for name, model in ways.items()}
     mine = steps["ours"]
     differences = worst_differences({name: way.gradients() for name, way in steps.items()}, half=half)
     rivals: dict[str, Callable[[], object]] = {name: way.step for name, way in steps.items()}
@@ -282,68 +281,71 @@ def measure_compiled(training: Training, rounds: int, *, half: bool) -> dict[str
 
 @torch.no_grad()
 def measure_inference(
-    ways: dict[str, SAC], sizes: Sizes, scale: float, images: int, device: str, *, half: bool, rounds: int
+    ways: dict[str, Any], bank_images: int, images: int, device: str, *, half: bool, rounds: int
 ) -> dict[str, Any]:
     ours = ways["ours"].eval()
-    space = ours.bank_space
+    pairs = ours.space.pairs_on(device)
     with torch.autocast(device, torch.bfloat16, enabled=half):
-        texts = ours.texts(space)  # once for all images, and so no part of a pass
-        fill_banks([sac.eval().bank for sac in ways.values()], texts, max(1, round(scale * sizes.images)))
+        texts = ours.texts(pairs)  # once for all images, and so no part of a pass
+        fill_banks([model.eval().bank for model in ways.values()], ours.space, texts.pairs, bank_images)
         batch = draw_images(ours, images, device)
         rivals: dict[str, Callable[[], Any]] = {
-            name: partial(inference, sac, batch, texts) for name, sac in ways.items()
+            name: partial(inference, model, batch, pairs, texts) for name, model in ways.items()
         }
         for _ in range(2):  # the second time, the banks have been written to
-            found = {name: run() for name, run in rivals.items()}
-            numbers = {name: [out.scores, out.bank.softmax(dim=1)] for name, out in found.items()}
+            numbers = {name: compared(model, batch, pairs, texts) for name, model in ways.items()}
             differences = worst_differences(numbers, half=half)
         memory = {name: peak_memory(run, device, runs=1) for name, run in rivals.items()}
         whole = {"images": images, "worst_difference": differences, **against_ours(rivals, memory, rounds)}
-        parts = {name: inference_parts(sac, batch, texts) for name, sac in ways.items()}
+        parts = {name: inference_parts(model, batch, pairs, texts) for name, model in ways.items()}
         return whole | {"breakdown": {name: breakdown(part, rounds) for name, part in parts.items()}}
 
 
-def inference(sac: SAC, images: Tensor, texts: SpaceTexts) -> SACOutput:
-    out: SACOutput = sac(images, texts)
-    sac.adapt(out)
-    return out
+def inference(model: Condensed, images: Tensor, pairs: Tensor, texts: TextFeatures) -> Tensor:
+    logits = model(images, pairs, texts)
+    scores = model.fuse(logits, pairs)
+    model.adapt(logits)
+    return scores
 
 
-def inference_parts(sac: SAC, images: Tensor, texts: SpaceTexts) -> dict[str, Callable[[], object]]:
-    out: SACOutput = sac(images, texts)
-    tokens, features = out.tokens, out.features
-    assert features is not None
+def compared(model: Any, images: Tensor, pairs: Tensor, texts: TextFeatures) -> list[Tensor]:
+    """What the bank makes of images, and the scores of a pass."""
+    memory = model.bank(model(images, pairs, texts).features).softmax(dim=1)
+    return [memory, inference(model, images, pairs, texts)]
+
+
+def inference_parts(model: Any, images: Tensor, pairs: Tensor, texts: TextFeatures) -> dict[str, Callable[[], object]]:
+    method, tokens = model.method, model.encode(images)
+    (logits,) = model.compare(tokens, texts)
+    memory = model.bank(logits.features)
+
+    def fused() -> Tensor:
+        aligned, condensed = (method.probabilities(part, pairs) for part in logits[:2])
+        return fuse(aligned, condensed, memory.softmax(dim=1), beta=model.beta, gamma=model.gamma)
+
     return {
-        "encoder": partial(sac.encode, images),
-        "align": partial(sac.align, tokens, texts),
-        "condenser": lambda: sac.classify(sac.condenser(tokens), texts),  # type: ignore[misc]
-        "bank predict": lambda: sac.bank(features),  # type: ignore[misc]
-        "bank update": partial(sac.adapt, out),
-        "fusion": partial(fused, sac, out),
+        "encoder": partial(model.encode, images),
+        "align": partial(method.compare, tokens, texts),
+        "condenser": lambda: method.classify(tokens, texts, model.condenser(tokens)),
+        "bank predict": partial(model.bank, logits.features),
+        "bank update": partial(model.adapt, logits),
+        "fusion": fused,
     }
 
 
-def fused(sac: SAC, out: SACOutput) -> Tensor:
-    assert out.vac is not None
-    assert out.bank is not None
-    aligned, condensed = (sac.pair_scores(logits, out.space) for logits in (out.sa, out.vac))
-    return fuse(aligned, condensed, sac.bank_scores(out.bank), beta=sac.beta, gamma=sac.gamma)
-
-
-def fill_banks(banks: list[Any], texts: SpaceTexts, images: int) -> None:
+def fill_banks(banks: list[Any], space: CompositionSpace, texts: Tensor, images: int) -> None:
     """Random vectors under random seen pairs, as many as there are training images; texts for unseen pairs."""
-    pairs, seen = texts.features.pairs, texts.space.seen_mask.nonzero()[:, 0]
-    unseen = (~texts.space.seen_mask).nonzero()[:, 0].to(pairs.device)
+    seen, unseen = space.seen_mask.nonzero()[:, 0], (~space.seen_mask).nonzero()[:, 0].to(texts.device)
     generator = torch.Generator().manual_seed(SEED)
     for start in range(0, images, 256):
         count = min(256, images - start)
-        vectors = torch.randn(count, pairs.shape[1], generator=generator).to(pairs.device)
-        probs = (5 * torch.randn(count, len(texts.space), generator=generator)).softmax(dim=1).to(pairs.device)
-        labels = seen[torch.randint(len(seen), (count,), generator=generator)].to(pairs.device)
+        vectors = torch.randn(count, texts.shape[1], generator=generator).to(texts.device)
+        probs = (5 * torch.randn(count, len(space), generator=generator)).softmax(dim=1).to(texts.device)
+        labels = seen[torch.randint(len(seen), (count,), generator=generator)].to(texts.device)
         for bank in banks:
             bank.update(vectors, probs, pair_index=labels)
     for bank in banks:
-        bank.fill_texts(pairs[unseen].float(), unseen)
+        bank.fill_texts(texts[unseen].float(), unseen)
 
 
 def worst_differences(found: dict[str, list[Tensor]], *, half: bool) -> dict[str, float]:
@@ -351,21 +353,20 @@ def worst_differences(found: dict[str, list[Tensor]], *, half: bool) -> dict[str
 
     Halves are not held to it: they round the cosines by which tokens win, and so where gradients go.
     """
-    worst = {
-        name: max(float((part - own).norm() / own.norm().clamp(min=1e-12)) for part, own in zip(parts, found["ours"]))
-        for name, parts in found.items()
-    }
+    worst = {name: max(map(difference, parts, found["ours"])) for name, parts in found.items()}
     assert half or all(value <= 1e-3 for value in worst.values()), worst
     return {name: float(f"{value:.2g}") for name, value in worst.items() if name != "ours"}
 
 
+def difference(part: Tensor, own: Tensor) -> float:
+    return float((part - own).norm() / own.norm().clamp(min=1e-12))
+
+
 def against_ours(rivals: dict[str, Callable[[], object]], memory: dict[str, int], rounds: int) -> dict[str, Any]:
     seconds = time_in_turn(rivals, rounds=rounds)
-    return {
-        "seconds": rounded(seconds),
-        "times_faster": {name: round(value / seconds["ours"], 2) for name, value in seconds.items()},
-        "megabytes": {name: round(value / 1e6) for name, value in memory.items()},
-    }
+    faster = {name: round(value / seconds["ours"], 2) for name, value in seconds.items()}
+    megabytes = {name: round(value / 1e6) for name, value in memory.items()}
+    return {"seconds": rounded(seconds), "times_faster": faster, "megabytes": megabytes}
 
 
 def breakdown(parts: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -377,29 +378,26 @@ def rounded(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def cases(device: str, datasets: list[str]) -> list[tuple[str, float, bool]]:
-    """Name, part of its numbers, and whether the usual way is run: on all of C-GQA it wants 30 GB for its prompts."""
+    """Name, part of its numbers, and whether the usual way is run."""
     if device == "cuda":
         return [(name, 1.0, True) for name in datasets]
-    return [
-        *((name, 0.25 if name == "C-GQA" else 1.0, True) for name in datasets),
-        *((name, 1.0, False) for name in datasets if name == "C-GQA"),
-    ]
+    found = [(name, ON_CPU.get(name, 1.0), True) for name in datasets]
+    return [*found, ("C-GQA", 1.0, False)] if "C-GQA" in datasets else found
 
 
 def measure(
     name: str, scale: float, usual: bool, encoder: str, device: str, *, images: int | None, **settings: Any
 ) -> dict[str, Any]:
     """A training step, then an inference pass of one data set, on ``scale`` of its numbers."""
-    sizes = SIZES[name]
-    options, space = load_options(sizes.preset, {"prompt_dropout": 0.0}), draw_space(sizes, scale)
+    sizes, space = SIZES[name], draw_space(SIZES[name], scale)
+    options, _ = load_options("sac", sizes.preset, {"model.dropout": 0.0})
     compiled = settings.pop("compiled")
     count = options.batch_size if images is None else images
-    wanted = ("ours", "usual") if usual else ("ours",)
-    ways: dict[str, SAC] = dict(zip(wanted, build(encoder, space, options, device, condenser=False)))
+    ways = build_ways(encoder, space, options, device, condenser=False, usual=usual)
     found = {"training": measure_training(ways, options, count, device, compiled=compiled, **settings)}
     del ways
-    ways = dict(zip(wanted, build(encoder, space, options, device, condenser=True)))
-    found["inference"] = measure_inference(ways, sizes, scale, count, device, **settings)
+    ways = build_ways(encoder, space, options, device, condenser=True, usual=usual)
+    found["inference"] = measure_inference(ways, max(1, round(scale * sizes.images)), count, device, **settings)
     texts = {"attributes, objects": [len(space.attributes), len(space.objects)]}
     texts["pairs: seen, all"] = [int(space.seen_mask.sum()), len(space)]
     return {"data": name, "scale": scale, "dtype": "bfloat16" if settings["half"] else "float32", **texts, **found}

@@ -45,3 +45,8 @@ def write_json(path: Path, content: Any) -> Any:
 def read_json(path: Path) -> Any:
     """What :func:`write_json` wrote; UTF-8 whatever the locale."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def plain(content: Any) -> Any:
+    """``content`` as a reader of a JSON file finds it: tuples have become lists."""
+    return json.loads(json.dumps(content))

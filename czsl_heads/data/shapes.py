@@ -172,8 +172,8 @@ def _write(root: Path, spec: ShapesSpec) -> None:
     (root / SPLIT_NAME).mkdir()
     for split in SPLITS:
         lines = [f"{attribute} {obj}" for attribute, obj in split_pairs(split)]
-        (root / SPLIT_NAME / f"{split}_pairs.txt").write_text("\n".join(lines) + "\n")
-    (root / "shapes.json").write_text(json.dumps(asdict(spec), indent=2) + "\n")
+        (root / SPLIT_NAME / f"{split}_pairs.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (root / "shapes.json").write_text(json.dumps(asdict(spec), indent=2) + "\n", encoding="utf-8")
 
 
 def _items(spec: ShapesSpec) -> Iterator[tuple[Split, str, str, int]]:

@@ -60,7 +60,7 @@ def load_tiny(folder: str | os.PathLike[str] | None = None) -> tuple[CLIP, Simpl
         if missing := [name for name in (RECORD, WEIGHTS, MERGES) if not (root / name).is_file()]:
             raise ValueError(f"expected `folder` with {', '.join(missing)}, as pretrain_tiny writes it, got {root}")
         try:
-            spec = json.loads((root / RECORD).read_text())["spec"]
+            spec = json.loads((root / RECORD).read_text(encoding="utf-8"))["spec"]
             shape = {name: spec[name] for name in ("layers", "patch_size") if name in spec}
             model, tokenizer = build_tiny(root / MERGES, **shape)
             model.load_state_dict(load_file(root / WEIGHTS))

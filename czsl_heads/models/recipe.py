@@ -149,12 +149,13 @@ class Recipe:
         return asdict(self)
 
 
-def build(recipe: Recipe, space: CompositionSpace) -> Method:
+def build(recipe: Recipe, space: CompositionSpace, *, encoder: Any = None) -> Method:
     """A model, untrained: a frozen CLIP with its adapters, the method, and the condenser where there is one.
 
     Args:
         recipe: What it is made of.
         space: Its label space.
+        encoder: The CLIP that the recipe names, wrapped, if it is loaded already; adapters are put into it.
 
     Returns:
         The method, or :class:`~czsl_heads.models.condensed.Condensed` around it; it knows its recipe, and can be saved.
@@ -167,7 +168,7 @@ def build(recipe: Recipe, space: CompositionSpace) -> Method:
         >>> type(build(Recipe("sac", condenser=CondenserOptions()), space)).__name__
         'Condensed'
     """
-    encoder = wrap(recipe.encoder)
+    encoder = wrap(recipe.encoder) if encoder is None else encoder
     digest, given = weights_digest(encoder), {f"encoder.{name}" for name in encoder.state_dict()}
     put_in(encoder, recipe)
     method = _method(recipe, encoder, space)
@@ -188,14 +189,7 @@ def put_in(encoder: Encoder, recipe: Recipe) -> None:
     """Put the adapters of a recipe into the vision tower."""
     lora = recipe.lora
     if lora.rank:
-        add_lora(
-            encoder,
-            matrices=lora.matrices,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            layers=lora.layers,
-        )
+        add_lora(encoder, **vars(lora))
     if recipe.patch_drop:
         drop_patches(encoder, recipe.patch_drop)
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from czsl_heads._files import read_json, write_json
+from czsl_heads._files import plain, read_json, write_json
 from czsl_heads.data.layout import CompositionDataset, labels_digest
 from czsl_heads.models.saved import RESULTS
 from czsl_heads.training.config import Config
-from czsl_heads.training.folder import open_folder, plain, wanted_rows
+from czsl_heads.training.folder import open_folder, wanted_rows
 from czsl_heads.training.open_world import OpenWorld, kept_open_world
 from czsl_heads.training.rows import Readout, Row, Table, Trained
 from czsl_heads.training.run import train_model

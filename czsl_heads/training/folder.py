@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from czsl_heads._files import read_json, write_json
+from czsl_heads._files import plain, read_json, write_json
 from czsl_heads.data.integrity import broken_images
 from czsl_heads.data.layout import CompositionDataset, DataError, labels_digest, read_dataset
 from czsl_heads.data.shapes import make_shapes, shapes_space
+from czsl_heads.encoders.wrap import wrap
 from czsl_heads.models.condensed import Condensed
+from czsl_heads.models.method import Method
 from czsl_heads.models.recipe import build, new_bank
 from czsl_heads.models.saved import CONFIG
 from czsl_heads.space import CompositionSpace
 from czsl_heads.training.config import OPEN_WORLD, Config
 from czsl_heads.training.open_world import FEASIBILITY, feasibility_table, keep_feasibility
 from czsl_heads.training.options import Options
-from czsl_heads.training.rows import Row, Trained
+from czsl_heads.training.rows import Row
 from czsl_heads.training.run import check_learning
 from czsl_heads.training.stage import check_validation
 from czsl_heads.training.trainer import check_trainer
@@ -77,13 +80,19 @@ def _tried(config: Config, dataset: CompositionDataset | None) -> torch.Tensor |
         check_validation(dataset)
     space = shapes_space() if dataset is None else dataset.space
     images = _training_images(config, dataset, space)
+    encoder = wrap(config.encoder)  # loaded once; each model gets a copy, and puts its adapters into it
+    asked = [row.model for row in wanted_rows(config)]
+    bases = [model.base for model in asked if model.base is not None]
     tried: list[tuple[Any, ...]] = []
-    for trained in dict.fromkeys(row.model for row in wanted_rows(config)):
+    for trained in dict.fromkeys([*bases, *asked]):
         options = config.options_of(trained)
         key = trained.align, trained.stage, options
         if key not in tried:
             tried.append(key)
-            _rehearse(config, trained, options, space, images // devices)
+            behind = trained.stage == "condense"
+            recipe = options.recipe(config.method, config.encoder, trained.align, condenser=behind)
+            model = build(recipe, space, encoder=deepcopy(encoder))
+            _rehearse(model, options, images // devices)
     table = None if config.world == "closed" else feasibility_table(config, space)
     if dataset is not None:
         _decode_all(dataset)
@@ -98,12 +107,12 @@ def _training_images(config: Config, dataset: CompositionDataset | None, space: 
 
 
 @torch.no_grad()
-def _rehearse(config: Config, trained: Trained, options: Options, space: CompositionSpace, images: int) -> None:
-    """Build a model and score a blank image with it; ``images`` are those that each device trains on."""
-    behind = trained.stage == "condense"
-    model = build(options.recipe(config.method, config.encoder, trained.align, condenser=behind), space)
+def _rehearse(model: Method, options: Options, images: int) -> None:
+    """Look for what training would end by, and score a blank image; ``images`` are those that each device trains on."""
+    assert model.recipe is not None
+    behind = isinstance(model, Condensed)
     if not behind:
-        check_learning(model, options.epochs, config.method)
+        check_learning(model, options.epochs, model.recipe.method)
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     learns = options.epochs and (not behind or options.joint)
     if normed and learns and 1 in _sizes(images, options):
@@ -114,8 +123,8 @@ def _rehearse(config: Config, trained: Trained, options: Options, space: Composi
     size = model.encoder.image_size
     blank = torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size))
     if isinstance(model, Condensed):
-        model.bank = new_bank(space.subset(space.pairs[:1]), model.encoder, options.bank)
-    model.eval().scores(blank, space.pairs[:1])
+        model.bank = new_bank(model.space.subset(model.space.pairs[:1]), model.encoder, options.bank)
+    model.eval().scores(blank, model.space.pairs[:1])
 
 
 def _sizes(images: int, options: Options) -> set[int]:
@@ -145,17 +154,6 @@ def _settings(config: Config, dataset: CompositionDataset | None) -> dict[str, A
     """What is kept in the folder: the configuration, and what the files of the data set say."""
     digest = {} if dataset is None else {"data_digest": labels_digest(dataset.root)}
     return plain(config.as_dict()) | digest
-
-
-def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """As a reader of a JSON file finds them: tuples have become lists."""
-    return {name: _plain(value) for name, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return plain(value)
-    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

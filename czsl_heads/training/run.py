@@ -11,7 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from czsl_heads._files import read_json, write_json
+from czsl_heads._files import plain, read_json, write_json
 from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
@@ -71,10 +71,11 @@ def train_model(
         gap; with ``open_world`` also world ``"feasible"``, and by readout what the search for the threshold found.
 
     Raises:
-        ValueError: There are epochs, and nothing to train.
+        ValueError: There are epochs, and nothing to train; or ``folder`` holds a model of other settings.
         KeyboardInterrupt: The training was interrupted; calling again resumes it.
     """
     if (folder / RECORD).exists():
+        _check_same(folder, recipe, options, seed)
         return _completed(folder, dataset, readouts, trainer=trainer, open_world=open_world)
     lightning.seed_everything(seed, verbose=False)
     model = build(recipe, dataset.space)
@@ -196,6 +197,21 @@ def _short_curves(test: dict[str, Any]) -> dict[str, Any]:
 
 def _rounded(curve: list[list[float | None]]) -> list[list[float | None]]:
     return [[None if value is None else round(value, 5) for value in point] for point in curve]
+
+
+def _check_same(folder: Path, recipe: Recipe, options: Options, seed: int) -> None:
+    """Raise ValueError unless the finished model of a folder has this recipe, these options and this seed."""
+    record = read_json(folder / RECORD)
+    wanted = plain({"recipe": recipe.as_dict(), "options": options.as_dict(), "seed": seed})
+    for settings in (record["recipe"], wanted["recipe"], record["options"], wanted["options"]):
+        for name in _SPEED_ONLY:
+            settings.pop(name, None)
+    for name, value in wanted.items():
+        if record[name] != value:
+            raise ValueError(f"expected `folder` to be new or of the same {name}, got {folder} with {record[name]}")
+
+
+_SPEED_ONLY = ("workers", "checkpoint")  # they change no number beyond rounding
 
 
 def _completed(
