@@ -68,6 +68,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
         "title": row.get("name", row.get("title")),
         "transductive": known.transductive,
         "model": known.model.folder if folder is None else FOLDERS.get(folder, folder),
+        "budget": known.budget,
         "readout": {"name": key, "bank": None if plan is None else plan._asdict()},
         "trainable_parameters": row["trainable_parameters"],
         "summary": summary,

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from czsl_heads.models.method import Method
 
 _COLUMNS = {"S": "seen", "U": "unseen", "HM": "harmonic_mean", "AUC": "auc"}
+NUMBERS = tuple(_COLUMNS.values())
 _HEADER = """---
 library_name: czsl-heads
 tags:
@@ -36,6 +37,7 @@ def model_card(model: Method) -> str:
         f"{len(space.objects)} objects. It was trained on {seen:,} of the pairs.",
         "",
         *_scores(record),
+        *_table(record),
         "## Made of",
         "",
         f"- method: `{recipe.method}`, images compared with texts by `{recipe.align}`",
@@ -78,7 +80,7 @@ def _scores(record: dict[str, Any]) -> list[str]:
     rows = []
     for world, by_protocol in test.items():
         for protocol, numbers in by_protocol.items():
-            cells = [percent({"mean": numbers[name], "std": None}) for name in _COLUMNS.values()]
+            cells = [percent({"mean": numbers[name], "std": None}) for name in NUMBERS]
             rows.append([f"{world} world, {protocol}", *cells])
     used = "had a part in the memory bank" if record.get("transductive") else "had no part in training or in the bank"
     return [
@@ -88,5 +90,24 @@ def _scores(record: dict[str, Any]) -> list[str]:
         "",
         f"Test images {used}. S and U are the best accuracies on seen and unseen pairs, HM their best harmonic mean, "
         "AUC the area under the curve of both.",
+        "",
+    ]
+
+
+def _table(record: dict[str, Any]) -> list[str]:
+    """The rows among which the model was trained, over all seeds; nothing for a model by itself."""
+    rows = []
+    for row in record.get("table", ()):
+        numbers = row["summary"]["closed"]["standard"]
+        rows.append([row["key"], row["title"], *(percent(numbers[name]) for name in NUMBERS)])
+    if len(rows) < 2:
+        return []
+    seeds = ", ".join(map(str, record["seeds"]))
+    return [
+        f"## The table it stands in, row {record['row']}, %",
+        "",
+        *markdown_table(["row", "", *_COLUMNS], rows),
+        "",
+        f"Closed world, standard protocol, seeds {seeds}. Rows with * learn from test images, without their labels.",
         "",
     ]

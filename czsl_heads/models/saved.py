@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from czsl_heads._checks import check_choice
 from czsl_heads._files import read_json, whole_file, write_json, write_text
-from czsl_heads.models.card import model_card
+from czsl_heads.models.card import NUMBERS, model_card
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
 from czsl_heads.models.recipe import OF_CONDENSED, Recipe, build, from_plain, new_bank
@@ -46,7 +46,7 @@ def load(folder: str | os.PathLike[str], *, row: str | None = None, seed: int | 
         >>> import torch
         >>> from tempfile import mkdtemp
         >>> from czsl_heads import CompositionSpace
-        >>> from czsl_heads.models.recipe import OF_CONDENSED, Recipe, build
+        >>> from czsl_heads.models.recipe import Recipe, build
         >>> space = CompositionSpace(["red", "blue"], ["circle"], seen=[("red", "circle")])
         >>> folder = mkdtemp()
         >>> _ = build(Recipe("sac"), space).eval().save_pretrained(folder)
@@ -175,12 +175,24 @@ def _load_row(folder: Path, row: str | None, seed: int | None) -> Method:
     if seed is not None and seed not in seeds:
         raise ValueError(f"expected `seed` to be one of {', '.join(map(str, seeds))}, got {seed}")
     found = rows[row]
-    path = folder / f"seed{seeds[0] if seed is None else seed}" / found["model"]
+    if found["transductive"]:
+        raise ValueError(f"expected `row` whose model stays as it is, got {row}, which learns from test images")
+    if found["budget"] != "best":
+        raise ValueError(f"expected `row` whose model is kept, got {row}, of which only the shorter budget's is")
+    seed = seeds[0] if seed is None else seed
+    path = folder / f"seed{seed}" / found["model"]
     if not (path / CONFIG).is_file():
         raise ValueError(f"expected a trained model in {path}, got none")
     model = load_model(path)
     if isinstance(model, Condensed) and found["readout"]["bank"] is None:
         model.bank = None
+    table = [{name: each[name] for name in ("key", "title", "transductive", "summary")} for each in rows.values()]
+    own = found["by_seed"][seeds.index(seed)]["test"]
+    test = {
+        world: {protocol: {name: numbers[name] for name in NUMBERS} for protocol, numbers in by_protocol.items()}
+        for world, by_protocol in own.items()
+    }
+    model.record = {**model.record, "row": row, "seeds": seeds, "test": test, "table": table}
     return model
 
 

@@ -170,6 +170,7 @@ def _row_results(row: Row, config: Config, records: list[dict[str, dict[str, Any
         "title": row.title.format(topk=config.options.head.topk),
         "transductive": row.transductive,
         "model": row.model.folder,
+        "budget": row.budget,
         "readout": {"name": readout.key, "bank": None if readout.bank is None else readout.bank._asdict()},
         "trainable_parameters": own[0]["trainable_parameters"],
         **row_summary(by_seed),

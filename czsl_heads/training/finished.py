@@ -108,7 +108,7 @@ def evaluate(
     lines = []
     for row in wanted:
         by_seed = [scores[row.key] for scores in found]
-        kept = {name: before[row.key][name] for name in ("key", "title", "transductive", "model", "readout")}
+        kept = {name: before[row.key][name] for name in ("key", "title", "transductive", "model", "budget", "readout")}
         trainable = {"trainable_parameters": before[row.key]["trainable_parameters"]}
         lines.append(kept | trainable | row_summary(by_seed) | {"by_seed": by_seed})
     masked = {"world": world, "feasibility": feasibility, "masking": masking}
