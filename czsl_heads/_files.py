@@ -43,8 +43,11 @@ def write_json(path: Path, content: Any) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """What :func:`write_json` wrote; UTF-8 whatever the locale."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """What :func:`write_json` wrote; UTF-8 whatever the locale. ValueError names a file that is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected JSON in {path}, got another or a damaged file ({error})") from error
 
 
 def plain(content: Any) -> Any:

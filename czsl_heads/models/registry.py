@@ -25,7 +25,7 @@ def find_method(name: str) -> type[Method]:
     """The class of a method.
 
     Raises:
-        ValueError: No installed package brings such a method, or its module cannot be imported.
+        ValueError: No installed package brings such a method, or two do, or its module cannot be imported.
         TypeError: What it brings is no :class:`~czsl_heads.models.method.Method`.
 
     Example:
@@ -33,6 +33,9 @@ def find_method(name: str) -> type[Method]:
         'Aligned'
     """
     entry = _entry(name)
+    several = sorted({each.value for each in entry_points(group=METHODS) if each.name == name})
+    if len(several) > 1:
+        raise ValueError(f"expected one package that brings `method` {name}, got {' and '.join(several)}")
     try:
         found = entry.load()
     except (ImportError, AttributeError) as error:

@@ -1,40 +1,42 @@
-"""What every baseline of the list does, on the embedded CLIP: another is tested by its line there."""
+"""What every method does, on the embedded CLIP: another is tested by its line in the list."""
 
 import doctest
 import importlib
 import subprocess
 import sys
+from importlib.metadata import entry_points
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from baselines import BASELINES
-from baselines.options import load_options
-from czsl_heads import CompositionSpace, SparseAlignHead, metrics, wrap
+from czsl_heads import SparseAlignHead, metrics, wrap
+from czsl_heads.adapters.lora import add_lora
+from czsl_heads.models.method import Logits
+from czsl_heads.models.registry import METHODS as GROUP
+from czsl_heads.models.registry import find_method, method_names
+from czsl_heads.prompts.soft import TextFeatures
+from tests.models.shared import (
+    ATTRIBUTES,
+    LEARNING,
+    METHODS,
+    PAIRS,
+    SEEN,
+    TARGETS,
+    THREE_BRANCHES,
+    build,
+    disturb,
+    learned,
+    make_images,
+    make_space,
+)
 
-ATTRIBUTES, OBJECTS = ["red", "striped", "Dark.Blue"], ["circle", "star"]
-LEARNING = [name for name in BASELINES if load_options(name, "shapes")[0].epochs]
 
-
-def make_space():
-    seen, unseen = [(0, 0), (1, 1), (2, 0)], [(0, 1)]
-    return CompositionSpace(ATTRIBUTES, OBJECTS, seen=seen, unseen=unseen)
-
-
-def build(name, **options):
-    torch.manual_seed(0)
-    small, _ = load_options(name, "shapes")
-    return BASELINES[name](wrap("tiny"), make_space(), **{**small.model, **options}).eval()
-
-
-def disturb(model):
-    """Give what is learned other values than its first ones."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in learned(model):
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return model
+@pytest.fixture(scope="module")
+def images():
+    return make_images()
 
 
 def parts(logits):
@@ -42,74 +44,69 @@ def parts(logits):
     return (logits,) if isinstance(logits, torch.Tensor) else tuple(logits)
 
 
-def learned(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def compared(model, images, pairs, *vectors):
+    """Logits in their usual form, of images and of each vector."""
+    return model.compare(model.encode(images), model.texts(pairs), *vectors)
 
 
-@pytest.fixture(scope="module")
-def images():
-    return torch.randn(6, 3, 48, 48, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def seen():
-    return make_space().subset(make_space().seen_mask).pairs
-
-
-TARGETS = torch.tensor([0, 1, 2, 2, 1, 0])
+def test_the_list_and_the_entry_points_are_one():
+    named = {entry.name: entry.value for entry in entry_points(group=GROUP)}
+    of_baselines = {name for name, value in named.items() if value.startswith("baselines.")}
+    assert of_baselines == BASELINES.keys()
+    assert all(find_method(name) is kind for name, kind in BASELINES.items())
+    assert set(method_names()) >= set(METHODS)
 
 
 @pytest.mark.parametrize("name", LEARNING)
-def test_the_loss_of_a_fixed_batch_falls(name, images, seen):
+def test_the_loss_of_a_fixed_batch_falls(name, images):
     model = build(name).train()
     optimizer = torch.optim.Adam(learned(model), lr=0.01)
     with torch.no_grad():
-        before = model.eval().loss(images, seen, TARGETS)
+        before = model.eval().loss(images, SEEN, TARGETS)
     model.train()
     for _ in range(8):
         optimizer.zero_grad()
-        model.loss(images, seen, TARGETS).backward()
+        model.loss(images, SEEN, TARGETS).backward()
         optimizer.step()
     with torch.no_grad():
-        assert model.eval().loss(images, seen, TARGETS) < before - 0.05
+        assert model.eval().loss(images, SEEN, TARGETS) < before - 0.05
 
 
 @pytest.mark.parametrize("name", LEARNING)
-def test_a_step_reaches_all_that_is_learned_and_leaves_the_rest(name, images, seen):
+def test_a_step_reaches_all_that_is_learned_and_leaves_the_rest(name, images):
     model = disturb(build(name)).train()
     frozen = {key: value.clone() for key, value in model.named_parameters() if not value.requires_grad}
-    model.loss(images, seen, TARGETS).backward()
+    model.loss(images, SEEN, TARGETS).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in learned(model))
     torch.optim.SGD(learned(model), lr=0.1).step()
     assert all(torch.equal(value, frozen[key]) for key, value in model.named_parameters() if key in frozen)
 
 
-@pytest.mark.parametrize("name", sorted(BASELINES.keys() - LEARNING))
-def test_what_has_no_epochs_learns_nothing(name, images, seen):
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(LEARNING)))
+def test_what_has_no_epochs_learns_nothing(name, images):
     model = build(name)
     assert not learned(model)
-    assert model.loss(images, seen, TARGETS).isfinite()
+    assert model.loss(images, SEEN, TARGETS).isfinite()
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("align", ["cls", "max"])
 def test_saved_and_loaded_it_gives_the_same_scores(name, align, images, tmp_path):
-    pairs = make_space().pairs
     head = "cls" if align == "cls" else SparseAlignHead()
     model = disturb(build(name, align=head))
     if learned(model):
-        model.train().loss(images, pairs, TARGETS).backward()  # batch norm, too, has something to save
+        model.train().loss(images, PAIRS, TARGETS).backward()  # batch norm, too, has something to save
         model.eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     other = build(name, align=head)
     other.load_state_dict(load_file(tmp_path / "model.safetensors"))
     with torch.no_grad():
-        assert torch.equal(other.scores(images, pairs), model.scores(images, pairs))
+        assert torch.equal(other.scores(images, PAIRS), model.scores(images, PAIRS))
         if name in LEARNING:
-            assert not torch.equal(model.scores(images, pairs), build(name, align=head).scores(images, pairs))
+            assert not torch.equal(model.scores(images, PAIRS), build(name, align=head).scores(images, PAIRS))
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("world", ["closed", "open"])
 def test_it_is_evaluated_in_both_worlds(name, world, images):
     space = make_space() if world == "closed" else make_space().open_world()
@@ -126,66 +123,172 @@ def test_it_is_evaluated_in_both_worlds(name, world, images):
     assert metric.compute().unbiased.match == pytest.approx(right / len(images))
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_pair_has_the_same_logit_in_both_worlds(name, images):
-    space, model = make_space(), disturb(build(name))
+    model, world = disturb(build(name)), make_space().open_world()
     with torch.no_grad():
-        closed, opened = (model(images, pairs) for pairs in (space.pairs, space.open_world().pairs))
-    closed, opened = map(model.pair_logits, (closed, opened))
-    torch.testing.assert_close(closed, opened[:, space.open_world().index(space.pairs)], atol=1e-4, rtol=0)
+        (closed,), (opened,) = compared(model, images, PAIRS), compared(model, images, world.pairs)
+    torch.testing.assert_close(closed.pairs, opened.pairs[:, world.index(PAIRS)], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", METHODS)
 def test_pairs_may_come_in_any_order_and_twice(name, images):
-    model = disturb(build(name))
-    pairs, order = make_space().pairs, [2, 0, 0, 3]
+    model, order = disturb(build(name)), [2, 0, 0, 3]
     with torch.no_grad():
-        logits, others = (model.pair_logits(model(images, which)) for which in (pairs, pairs[order]))
-        torch.testing.assert_close(others, logits[:, order], atol=1e-4, rtol=0)
-        assert model.scores(images, pairs[order]).shape == (6, 4)
+        (logits,), (others,) = compared(model, images, PAIRS), compared(model, images, PAIRS[order])
+        torch.testing.assert_close(others.pairs, logits.pairs[:, order], atol=1e-4, rtol=0)
+        assert model.scores(images, PAIRS[order]).shape == (6, 4)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", METHODS)
 def test_texts_encoded_before_give_the_same(name, images):
-    model, pairs = build(name), make_space().pairs
+    model = build(name)
     with torch.no_grad():
-        assert torch.equal(model.scores(images, pairs, model.texts(pairs)), model.scores(images, pairs))
-        loss = model.loss(images, pairs, TARGETS, model.texts(pairs))
-        assert torch.equal(loss, model.loss(images, pairs, TARGETS))
+        assert torch.equal(model.scores(images, PAIRS, model.texts(PAIRS)), model.scores(images, PAIRS))
+        loss = model.loss(images, PAIRS, TARGETS, model.texts(PAIRS))
+        assert torch.equal(loss, model.loss(images, PAIRS, TARGETS))
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", METHODS)
+def test_texts_are_unit_rows_of_each_kind_that_there_is(name):
+    texts = build(name).texts(PAIRS)
+    assert isinstance(texts, TextFeatures)
+    assert [len(rows) for rows in texts] == [4, 3, 2] if name in THREE_BRANCHES else [4, 0, 0]
+    for rows in texts:
+        torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_call_gives_the_logits_of_each_branch_that_there_is(name, images):
+    model = build(name)
+    with torch.no_grad():
+        called, (logits,) = model(images, PAIRS), compared(model, images, PAIRS)
+    assert type(logits) is Logits
+    if name in THREE_BRANCHES:
+        assert type(called) is Logits
+        assert [rows.shape for rows in called] == [(6, 4), (6, 3), (6, 2)]
+        assert (called.attrs is called.attributes, called.objs is called.objects) == (True, True)
+    else:
+        assert type(called) is torch.Tensor
+        assert [rows.shape for rows in logits] == [(6, 4), (6, 0), (6, 0)]
+    for one, other in zip(parts(called), logits):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_vectors_are_classified_as_they_are_compared_beside_the_tokens(name, images):
+    model = disturb(build(name, align=SparseAlignHead()))
+    vectors = torch.randn(2, 6, 96, generator=torch.Generator().manual_seed(2)).unbind()
+    with torch.no_grad():
+        encoded, texts = model.encode(images), model.texts(PAIRS)
+        of_images, *beside = model.compare(encoded, texts, *vectors)
+        alone = model.classify(encoded, texts, *vectors)
+        assert len(alone) == len(beside) == 2
+        for one, other in zip(alone, beside):
+            assert all(torch.equal(*rows) for rows in zip(one, other))
+        assert all(torch.equal(*rows) for rows in zip(of_images, model.compare(encoded, texts)[0]))
+        assert not torch.equal(beside[0].pairs, beside[1].pairs)
+        assert model.classify(encoded, texts) == []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_class_token_as_a_vector_is_the_image(name, images):
+    model = disturb(build(name, align="cls"))
+    with torch.no_grad():
+        encoded = model.encode(images)
+        of_images, of_vector = model.compare(encoded, model.texts(PAIRS), encoded[:, 0])
+    for rows, others in zip(of_images, of_vector):
+        torch.testing.assert_close(rows, others, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_are_cross_entropies_and_what_is_minimised(name, images):
+    model = disturb(build(name))
+    with torch.no_grad():
+        (logits,) = compared(model, images, SEEN)
+        losses = model.losses(logits, SEEN, TARGETS)
+        assert torch.equal(losses["loss"], model.loss(images, SEEN, TARGETS))
+        validation = model.validation_losses(logits, SEEN, TARGETS)
+        assert torch.equal(validation["loss"], model.validation_loss(images, SEEN, TARGETS))
+    wanted = dict(zip(("loss_pairs", "loss_attrs", "loss_objs"), (TARGETS, *SEEN[TARGETS].unbind(dim=1))))
+    branches = len(wanted) if name in THREE_BRANCHES else 1
+    assert list(losses) == list(validation) == [*list(wanted)[:branches], "loss"]
+    terms = [F.cross_entropy(rows, target) for rows, target in zip(logits[:branches], wanted.values())]
+    for term, found in zip(terms, losses.values()):
+        torch.testing.assert_close(found, term)
+    torch.testing.assert_close(losses["loss"], sum(terms))  # weights of 1 in the presets of shapes
+    torch.testing.assert_close(validation["loss"], losses["loss"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_are_fused_logits_and_probabilities_are_equation_13(name, images):
+    model = disturb(build(name))
+    with torch.no_grad():
+        (logits,) = compared(model, images, PAIRS)
+        scores, probabilities = model.fuse(logits, PAIRS), model.probabilities(logits, PAIRS)
+        assert torch.equal(scores, model.scores(images, PAIRS))
+    expected = logits.pairs.softmax(dim=1)
+    if name in THREE_BRANCHES:
+        of_attributes, of_objects = (rows.softmax(dim=1) for rows in logits[1:])
+        for column, (attribute, obj) in enumerate(PAIRS.tolist()):
+            expected[:, column] += of_attributes[:, attribute] * of_objects[:, obj]
+    torch.testing.assert_close(probabilities, expected)
+    assert torch.equal(scores, probabilities if name in THREE_BRANCHES else logits.pairs)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_part_says_its_own_of_every_pair(name, images):
+    model = disturb(build(name))
+    with torch.no_grad():
+        (logits,) = compared(model, images, PAIRS)
+        found = model.parts(logits, PAIRS)
+    if name not in THREE_BRANCHES:
+        assert found == {}
+        return
+    assert list(found) == ["pair", "attribute", "object"]
+    torch.testing.assert_close(found["pair"] + found["attribute"] * found["object"], model.probabilities(logits, PAIRS))
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("head", [SparseAlignHead(), SparseAlignHead("topk", k=3)], ids=["max", "topk"])
 def test_sparse_alignment_adds_no_parameter_and_changes_the_logits(name, head, images):
-    published, sparse = build(name), build(name, align=head)
+    published, sparse = build(name, align="cls"), build(name, align=head)
     assert published.state_dict().keys() == sparse.state_dict().keys()
     with torch.no_grad():
-        scores = [model.scores(images, make_space().pairs) for model in (published, sparse)]
+        scores = [model.scores(images, PAIRS) for model in (published, sparse)]
     assert not torch.allclose(*scores)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_head_that_sees_the_class_token_alone_is_the_published_comparison(name, images):
-    published, same = build(name), build(name, align=SparseAlignHead("cls"))
+    published, same = build(name, align="cls"), build(name, align=SparseAlignHead("cls"))
     with torch.no_grad():
-        torch.testing.assert_close(*(model.scores(images, make_space().pairs) for model in (published, same)))
+        torch.testing.assert_close(*(model.scores(images, PAIRS) for model in (published, same)))
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", METHODS)
+def test_unless_it_is_told_otherwise_it_compares_as_published(name, images):
+    published = SparseAlignHead() if name == "sac" else "cls"
+    with torch.no_grad():
+        scores = [model.scores(images, PAIRS) for model in (build(name), build(name, align=published))]
+    assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_the_scale_of_logits_is_the_methods_own(name, images):
     first, second = (build(name, align=SparseAlignHead(logit_scale=scale)) for scale in (1.0, 37.0))
     with torch.no_grad():
-        torch.testing.assert_close(*(model.scores(images, make_space().pairs) for model in (first, second)))
+        torch.testing.assert_close(*(model.scores(images, PAIRS) for model in (first, second)))
 
 
-@pytest.mark.parametrize("name", BASELINES)
-def test_it_runs_under_bfloat16_autocast(name, images, seen):
+@pytest.mark.parametrize("name", METHODS)
+def test_it_runs_under_bfloat16_autocast(name, images):
     model = disturb(build(name, align=SparseAlignHead()))
     with torch.no_grad():
-        wide = model(images, seen)
+        wide = model(images, SEEN)
     with torch.autocast("cpu", torch.bfloat16):
-        narrow = model(images, seen)
-        loss = model.train().loss(images, seen, TARGETS)
+        narrow = model(images, SEEN)
+        loss = model.train().loss(images, SEEN, TARGETS)
     for one, other in zip(parts(wide), parts(narrow)):
         assert other.dtype == torch.float32
         assert (one - other).abs().max() < 0.05 * model.encoder.logit_scale
@@ -196,56 +299,90 @@ def test_it_runs_under_bfloat16_autocast(name, images, seen):
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_the_official_switch_is_taken_everywhere(name, images):
-    space = make_space()
-    assert build(name, official=True).scores(images, space.pairs).shape == (6, 4)
+    assert build(name, official=True).scores(images, PAIRS).shape == (6, 4)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", LEARNING)
+def test_checkpoints_change_no_gradient_and_run_the_vision_tower_again(name, images):
+    runs, results = [], []
+    for checkpoint in (False, True):
+        model = build(name, checkpoint=checkpoint)
+        if name != "troika":  # which brings adapters of its own
+            add_lora(model.encoder, rank=2)
+        disturb(model)
+        blocks = model.encoder.blocks("vision")
+        runs.append(0)
+        blocks[0].register_forward_pre_hook(lambda *_: runs.append(runs.pop() + 1))
+        loss = model.loss(images, SEEN, TARGETS)
+        results.append((loss, torch.autograd.grad(loss, learned(model))))
+    (plain, expected), (again, got) = results
+    torch.testing.assert_close(again, plain)
+    for gradient, other in zip(expected, got):
+        torch.testing.assert_close(other, gradient, atol=1e-5 * gradient.abs().max().item() + 1e-9, rtol=1e-4)
+    assert runs == [1, 2]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_encoder_that_knows_no_checkpoints_will_do_where_none_are_asked_for(name, images):
+    model = build(name)
+    tokens = model.encoder.encode_tokens(images)
+    model.encoder.encode_tokens = lambda images: tokens
+    assert model.encode(images) is tokens
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_bad_arguments_are_named(name, images):
-    model, pairs = build(name), make_space().pairs
+    model = build(name)
     with pytest.raises(TypeError, match=r"`pairs` of dtype torch\.int64, got torch\.float32"):
-        model(images, pairs.float())
+        model(images, PAIRS.float())
     with pytest.raises(ValueError, match=r"`pairs` of shape \(pairs, 2\)"):
-        model(images, pairs[:, :1])
+        model(images, PAIRS[:, :1])
     with pytest.raises(ValueError, match="`pairs` with at least one row"):
-        model(images, pairs[:0])
+        model(images, PAIRS[:0])
     for wrong in ([[0, 2]], [[-1, 0]]):
         with pytest.raises(ValueError, match=r"`pairs` of indices below \(3, 2\), got"):
             model(images, torch.tensor(wrong))
-    with pytest.raises(ValueError, match="`targets` to be rows of the 4 pairs"):
-        model.loss(images, pairs, TARGETS + 3)
-    with pytest.raises(ValueError, match=r"`targets` of shape \(6\)"):
-        model.loss(images, pairs, TARGETS[:5])
-    with pytest.raises(TypeError, match=r"`targets` of dtype torch\.int64"):
-        model.loss(images, pairs, TARGETS.float())
+    for loss in (model.loss, model.validation_loss):
+        with pytest.raises(ValueError, match="`targets` to be rows of the 4 pairs"):
+            loss(images, PAIRS, TARGETS + 3)
+        with pytest.raises(ValueError, match=r"`targets` of shape \(6\)"):
+            loss(images, PAIRS, TARGETS[:5])
+        with pytest.raises(TypeError, match=r"`targets` of dtype torch\.int64"):
+            loss(images, PAIRS, TARGETS.float())
     with pytest.raises(ValueError, match="`align` to be one of cls, got 'max'"):
         build(name, align="max")
     with pytest.raises(TypeError, match="`align` to be a SparseAlignHead, got Linear"):
         build(name, align=torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="`space` to be a CompositionSpace"):
-        BASELINES[name](wrap("tiny"), ATTRIBUTES)
+        find_method(name)(wrap("tiny"), ATTRIBUTES)
     with pytest.raises(ValueError, match=r"`texts` of shape"):
-        model.scores(images, pairs[:3], model.texts(pairs))
+        model.scores(images, PAIRS[:3], model.texts(PAIRS))
     with pytest.raises(TypeError, match="`texts` to be a"):
-        model.scores(images, pairs, "texts")
-    with pytest.raises(TypeError, match="`official` to be a bool, got str"):
-        build(name, official="no")
+        model.scores(images, PAIRS, "texts")
     with pytest.raises(TypeError, match="`context` to be a"):
         build(name, context=None)
     with pytest.raises(TypeError, match="`encoder` to be an Encoder"):
-        BASELINES[name](torch.nn.Linear(2, 2), make_space())
+        find_method(name)(torch.nn.Linear(2, 2), make_space())
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize(
+    ("name", "switch"), [*((name, "official") for name in BASELINES), *((name, "checkpoint") for name in LEARNING)]
+)
+def test_switches_are_true_or_false(name, switch):
+    with pytest.raises(TypeError, match=f"`{switch}` to be a bool, got str"):
+        build(name, **{switch: "no"})
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_a_constructor_that_fails_leaves_the_encoder_as_it_was(name):
     encoder = wrap("tiny")
     before = list(encoder.state_dict())
     with pytest.raises(ValueError, match="align"):
-        BASELINES[name](encoder, make_space(), align="max")
+        find_method(name)(encoder, make_space(), align="max")
     assert list(encoder.state_dict()) == before
 
 
-@pytest.mark.parametrize("module", [*BASELINES, "condensed", "method", "official", "options", "prompts"])
+@pytest.mark.parametrize("module", [*BASELINES, "official"])
 def test_every_example_runs(module):
     found = importlib.import_module(f"baselines.{module}")
     torch.manual_seed(0)

@@ -192,7 +192,7 @@ def test_clip_from_a_state_says_each_pair_in_words():
     state["token_embedding.weight"] = torch.randn(49408, 128, generator=torch.Generator().manual_seed(5))
     clip = CLIP.from_official(state, ATTRIBUTES, OBJECTS)
     features = clip.encoder.encode_texts(["a photo of old dog", "a photo of faux leather apple"])
-    close(clip.texts(torch.tensor([[2, 1], [1, 0]])), features / features.norm(dim=1, keepdim=True))
+    close(clip.texts(torch.tensor([[2, 1], [1, 0]])).pairs, features / features.norm(dim=1, keepdim=True))
     images = some_images(SIZES[1])
     cosines = reference.unit(clip.encoder.encode_images(images)) @ reference.unit(features).T
     close(clip(images, torch.tensor([[2, 1], [1, 0]])), clip.encoder.logit_scale * cosines)

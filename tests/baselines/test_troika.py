@@ -26,8 +26,9 @@ def build(**options):
     small = {"layers": 2, "adapter_dim": 4, "adapter_dropout": 0.0}
     troika = Troika(wrap("tiny"), SPACE, **{**small, **options}).eval()
     generator = torch.Generator().manual_seed(1)
+    named = sorted(troika.named_parameters(), key=lambda each: each[0].startswith("encoder."))  # whose draws come last
     with torch.no_grad():
-        for parameter in troika.parameters():
+        for _, parameter in named:
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return troika

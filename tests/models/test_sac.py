@@ -1,4 +1,6 @@
-"""SAC: prompts and tokens compared, scored by Eq. 13, trained by Eq. 4."""
+"""SAC under the paper's words: prompts and tokens compared, scored by Eqs. 12-13, trained by Eqs. 4-8."""
+
+import copy
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from czsl_heads.adapters.lora import add_lora
 from czsl_heads.adapters.patch_drop import drop_patches
 from czsl_heads.encoders.open_clip import OpenClipEncoder
 from czsl_heads.functional import combine, distillation, fuse
+from tests.models.shared import blank
 
 
 @pytest.fixture
@@ -31,16 +34,29 @@ def test_logits_are_the_heads_and_scores_are_eq_13(space: CompositionSpace, imag
     out = sac(images, texts)
     tokens = sac.encoder.encode_tokens(images)
     for logits, features in zip(out.sa, texts.features):
-        torch.testing.assert_close(logits, sac.head(tokens, features))
+        cosines = sac.head(tokens, features) / sac.head.logit_scale
+        torch.testing.assert_close(logits, cosines * sac.encoder.logit_scale)
     scores = combine(out.sa.pairs.softmax(1), out.sa.attrs.softmax(1), out.sa.objs.softmax(1), space.pairs)
     torch.testing.assert_close(out.scores, scores)
     assert out.space is space
 
 
-def test_the_default_head_scales_as_the_encoder_does(space: CompositionSpace, images: torch.Tensor) -> None:
-    sac = SAC(wrap("tiny"), space, condenser=False)
+@pytest.mark.parametrize("scale", [None, 1.0, 37.0])
+def test_logits_have_the_scale_of_the_encoder(
+    space: CompositionSpace, images: torch.Tensor, scale: float | None
+) -> None:
+    head = None if scale is None else SparseAlignHead(logit_scale=scale)
+    sac = SAC(wrap("tiny"), space, head=head, condenser=False)
     cosine = SparseAlignHead(logit_scale=1.0)(sac.encoder.encode_tokens(images), sac.texts(space).features.pairs)
     torch.testing.assert_close(sac(images, sac.texts(space)).sa.pairs, cosine * sac.encoder.logit_scale)
+
+
+def test_the_baseline_compares_the_class_token(space: CompositionSpace, images: torch.Tensor) -> None:
+    sac = SAC(wrap("tiny"), space, head=SparseAlignHead("cls"), condenser=False)
+    cosine = F.normalize(sac.encoder.encode_images(images), dim=-1) @ sac.texts(space).features.pairs.T
+    torch.testing.assert_close(
+        sac(images, sac.texts(space)).sa.pairs, cosine * sac.encoder.logit_scale, atol=1e-4, rtol=0
+    )
 
 
 def test_fusion_of_logits_adds_the_primitives_to_the_pair_logit(space: CompositionSpace, images: torch.Tensor) -> None:
@@ -49,6 +65,20 @@ def test_fusion_of_logits_adds_the_primitives_to_the_pair_logit(space: Compositi
     added = out.scores - out.sa.pairs
     expected = combine(torch.zeros_like(out.sa.pairs), out.sa.attrs.softmax(1), out.sa.objs.softmax(1), space.pairs)
     torch.testing.assert_close(added, expected, atol=1e-5, rtol=0)
+
+
+def test_with_a_condenser_scores_are_fused_probabilities_whatever_the_fusion(
+    space: CompositionSpace, images: torch.Tensor
+) -> None:
+    scores = []
+    for fusion in ("probs", "logits"):
+        torch.manual_seed(0)
+        sac = SAC(wrap("tiny"), space, fusion=fusion).eval()
+        texts = sac.texts(space)
+        sac.adapt(sac(images, texts))
+        scores.append(sac(images, texts).scores)
+        assert sac.bank.empty == "mask"
+    assert torch.equal(*scores)
 
 
 def test_a_pair_has_the_same_logit_in_every_space(space: CompositionSpace, images: torch.Tensor) -> None:
@@ -171,6 +201,10 @@ def test_wrong_arguments_raise(space: CompositionSpace, images: torch.Tensor) ->
             SAC(wrap("tiny"), space, **{name: value})
     with pytest.raises(ValueError, match="expected `direction` to be one of reverse, forward, got 'up'"):
         SAC(wrap("tiny"), space, direction="up")
+    with pytest.raises(TypeError, match="expected `align` to be a SparseAlignHead, got Linear"):
+        SAC(wrap("tiny"), space, head=torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="expected `bank` over the 5 pairs of the space, got 4"):
+        SAC(wrap("tiny"), space, bank=DynamicMemoryBank(4, 96))
     with pytest.raises(TypeError, match="expected `checkpoint` to be a bool, got str"):
         SAC(wrap("tiny"), space, checkpoint="text")
     with pytest.raises(ValueError, match="expected `pair_target` of shape"):
@@ -233,18 +267,6 @@ def test_a_bank_can_be_exchanged(whole: SAC, space: CompositionSpace, images: to
     assert whole(images, whole.texts(space)).bank is None
 
 
-def test_logits_want_a_bank_without_holes(whole: SAC, space: CompositionSpace, images: torch.Tensor) -> None:
-    parts = {"condenser": whole.condenser, "fusion": "logits", "beta": 0.3, "gamma": 0.4}
-    with pytest.raises(ValueError, match='expected `bank` with empty="zero" where logits are added, got "mask"'):
-        SAC(whole.encoder, space, bank=whole.bank, **parts)
-    sac = SAC(whole.encoder, space, bank=DynamicMemoryBank(len(space), 96, empty="zero"), **parts).eval()
-    texts = sac.texts(space)
-    sac.adapt(sac(images, texts))
-    out = sac(images, texts)
-    no_memory = fuse(sac.pair_scores(out.sa, space), sac.pair_scores(out.vac, space), None, beta=0.3, gamma=0)
-    torch.testing.assert_close(out.scores - no_memory, 0.7 * 0.4 * out.bank, atol=1e-4, rtol=1e-4)
-
-
 def test_the_condenser_learns_from_labels_and_from_the_alignment_branch(
     whole: SAC, space: CompositionSpace, images: torch.Tensor
 ) -> None:
@@ -282,18 +304,38 @@ def test_known_alignment_logits_are_taken_as_they_are(
 
 
 def test_all_branches_are_there_unless_they_are_left_out(space: CompositionSpace, images: torch.Tensor) -> None:
-    for fusion, empty in (("probs", "mask"), ("logits", "zero")):
-        sac = SAC(wrap("tiny"), space, fusion=fusion)
-        assert sac.bank.empty == empty
-        assert sac.bank.logit_scale == pytest.approx(float(sac.encoder.logit_scale))
-        out = sac(images, sac.texts(space))
-        sac.adapt(out)
-        assert None not in out
-        assert int(sac.bank.counts.sum()) == len(images)
+    sac = SAC(wrap("tiny"), space)
+    assert sac.bank.logit_scale == pytest.approx(float(sac.encoder.logit_scale))
+    out = sac(images, sac.texts(space))
+    sac.adapt(out)
+    assert None not in out
+    assert int(sac.bank.counts.sum()) == len(images)
     out = SAC(wrap("tiny"), space, bank=False)(images, sac.texts(space))
     assert out.bank is None
     assert out.vac is not None
     assert SAC(wrap("tiny"), space, condenser=False)(images, sac.texts(space)).vac is None
+
+
+def test_the_alignment_branch_is_a_method_by_itself(whole: SAC, space: CompositionSpace, images: torch.Tensor) -> None:
+    out, texts = whole(images, whole.texts(space)), whole.texts(space)
+    for one, other in zip(whole.method(images, space.pairs), out.sa):
+        assert torch.equal(one, other)
+    (vac,) = whole.method.classify(out.tokens, texts.features, out.features)
+    assert all(torch.equal(*rows) for rows in zip(vac, out.vac))
+    parts = [whole.method.probabilities(logits, space.pairs) for logits in (out.sa, out.vac)]
+    torch.testing.assert_close(out.scores, fuse(*parts, out.bank.softmax(1), beta=0.3, gamma=0.4))
+    assert whole.method.prompts is whole.prompts
+    assert [whole.method.training, whole.train().method.training] == [False, True]
+    assert not any(name.startswith("_method") for name in whole.state_dict())
+
+
+def test_a_copy_is_independent_and_of_one_piece(whole: SAC, space: CompositionSpace, images: torch.Tensor) -> None:
+    before, twin = whole(images, whole.texts(space)).scores, copy.deepcopy(whole)
+    assert twin.method.prompts is twin.prompts
+    with torch.no_grad():
+        twin.prompts.primitives.add_(1)
+    assert torch.equal(whole(images, whole.texts(space)).scores, before)
+    assert not torch.equal(twin(images, twin.texts(space)).scores, before)
 
 
 def test_an_empty_bank_changes_no_order(space: CompositionSpace, images: torch.Tensor) -> None:
@@ -311,12 +353,7 @@ def test_the_forward_pass_and_the_losses_ask_a_gpu_for_nothing(space: Compositio
     sac = SAC(encoder, space)
     shape, device = space.pairs.shape, torch.device("cuda", 0)
     with FakeTensorMode():  # whose tensors have no values, and raise where one is asked for or copied from elsewhere
-        for module in sac.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        blank = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                        tensors[name] = torch.nn.Parameter(blank) if isinstance(tensor, torch.nn.Parameter) else blank
+        blank(sac, device)
         images = torch.empty(3, 3, 48, 48, device=device)
         with pytest.raises(AssertionError, match="convert all Tensors to FakeTensors"):  # the first step copies these
             sac.texts(space)

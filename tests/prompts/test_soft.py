@@ -370,3 +370,115 @@ def test_a_tower_pooled_elsewhere_raises(small_clip_factory, space, pool):
     encoder = wrap(small_clip_factory(text={"pool_type": pool}))
     with pytest.raises(ValueError, match=r"with a text tower pooled at \[EOS\], got one pooled elsewhere"):
         SoftPrompts(encoder, space)
+
+
+def test_prompts_of_pairs_are_those_of_the_space(small_encoder, space):
+    prompts = SoftPrompts(small_encoder, space)
+    for one, other in zip(prompts(space), prompts.texts(space.pairs)):
+        assert torch.equal(one, other)
+    alone = SoftPrompts(small_encoder, space, span="pairs").texts(space.pairs)
+    # Contexts are run together, which rounds otherwise.
+    torch.testing.assert_close(alone.pairs, prompts(space).pairs, rtol=0, atol=1e-6)
+    assert alone.attributes.shape == alone.objects.shape == (0, 40)
+
+
+@pytest.mark.parametrize("span", ["pairs", "all"])
+def test_either_span_is_called_with_a_space_too(small_encoder, space, span):
+    prompts = SoftPrompts(small_encoder, space, span=span)
+    for one, other in zip(prompts(space), prompts.texts(space.pairs)):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match="`space` over the primitives that these prompts were made for"):
+        prompts(CompositionSpace(["old"], ["cat"], seen=[(0, 0)]))
+
+
+@pytest.mark.parametrize("encode", ["prefix", "plain"])
+@pytest.mark.parametrize("span", ["pairs", "all"])
+def test_pairs_may_come_in_any_order_and_twice(small_encoder, space, span, encode):
+    prompts = SoftPrompts(small_encoder, space, span=span, encode=encode)
+    order = [2, 0, 2, 1]
+    texts, others = prompts.texts(space.pairs), prompts.texts(space.pairs[order])
+    torch.testing.assert_close(others.pairs, texts.pairs[order], rtol=0, atol=1e-6)
+    for one, other in zip(texts[1:], others[1:]):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_pairs_that_cannot_be_right_are_refused(small_encoder, space):
+    prompts = SoftPrompts(small_encoder, space)
+    with pytest.raises(TypeError, match=r"`pairs` of dtype torch\.int64, got torch\.float32"):
+        prompts.texts(space.pairs.float())
+    with pytest.raises(ValueError, match=r"`pairs` of shape \(pairs, 2\)"):
+        prompts.texts(space.pairs[:, :1])
+    with pytest.raises(ValueError, match="`pairs` with at least one row, got none"):
+        prompts.texts(space.pairs[:0])
+    for wrong in ([[0, 2]], [[-1, 0]], [[0, 0], [3, 1]]):
+        with pytest.raises(ValueError, match=r"`pairs` of indices below \(3, 2\), got"):
+            prompts.texts(torch.tensor(wrong))
+
+
+def test_prompts_of_pairs_alone_learn_no_other_context(small_encoder, space):
+    prompts = SoftPrompts(small_encoder, space, span="pairs")
+    assert set(prompts.state_dict()) == {"pair_context", "primitives"}
+    prompts.texts(space.pairs).pairs.sum().backward()
+    assert all(parameter.grad.any() for parameter in prompts.parameters())
+
+
+def test_a_table_takes_the_place_of_names(small_encoder, space, generator):
+    table = torch.randn(5, 56, generator=generator)
+    prompts = SoftPrompts(small_encoder, space, primitives=table)
+    assert torch.equal(prompts.primitives, table)
+    assert prompts.primitives.data_ptr() != table.data_ptr()
+    assert (prompts.attributes, prompts.objects) == (space.attributes, space.objects)
+    named = SoftPrompts(small_encoder, space)
+    same = SoftPrompts(small_encoder, space, primitives=named.primitives)
+    assert torch.equal(named.texts(space.pairs).pairs, same.texts(space.pairs).pairs)
+
+
+def test_a_table_that_does_not_fit_is_refused(small_encoder, space):
+    for shape in ((4, 56), (5, 40)):
+        with pytest.raises(ValueError, match=r"`primitives` of shape \(5, 56\)"):
+            SoftPrompts(small_encoder, space, primitives=torch.zeros(shape))
+    with pytest.raises(TypeError, match=r"`primitives` to be a torch\.Tensor, got list"):
+        SoftPrompts(small_encoder, space, primitives=[0.0])
+
+
+def test_names_too_long_for_the_context_are_refused_without_a_table(small_encoder):
+    space = CompositionSpace(["a " * 90], ["dog"], seen=[(0, 0)])
+    with pytest.raises(ValueError, match="`texts` of at most 77 tokens"):
+        SoftPrompts(small_encoder, space)
+    SoftPrompts(small_encoder, space, primitives=torch.zeros(2, 56))
+
+
+@pytest.mark.parametrize("span", ["pairs", "all"])
+def test_all_prompts_of_a_call_share_one_dropout_mask(small_encoder, space, span):
+    prompts = SoftPrompts(small_encoder, space, span=span, dropout=0.5).train()
+    pairs = torch.tensor([[0, 1], [2, 0], [0, 1]])
+    torch.manual_seed(0)
+    texts = prompts.texts(pairs)
+    assert torch.equal(texts.pairs[0], texts.pairs[2])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        prompts.primitives.copy_(F.dropout(prompts.primitives, 0.5))
+    for one, other in zip(texts, prompts.eval().texts(pairs)):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_dropout_at_evaluation_does_not_stop(small_encoder, space):
+    clean, dropping = (
+        SoftPrompts(small_encoder, space, dropout=0.5, dropout_at_evaluation=late).eval() for late in (False, True)
+    )
+    assert torch.equal(clean(space).pairs, clean(space).pairs)
+    torch.manual_seed(0)
+    first = dropping(space).pairs
+    assert not torch.allclose(first, dropping(space).pairs, atol=1e-4)
+    torch.manual_seed(0)
+    assert torch.equal(dropping.train()(space).pairs, first)
+
+
+def test_switches_and_spans_are_checked(small_encoder, space):
+    for name in ("dropout_at_evaluation", "checkpoint"):
+        with pytest.raises(TypeError, match=f"`{name}` to be a bool, got str"):
+            SoftPrompts(small_encoder, space, **{name: "no"})
+    with pytest.raises(ValueError, match="`span` to be one of pairs, all, got 'objects'"):
+        SoftPrompts(small_encoder, space, span="objects")
+    with pytest.raises(TypeError, match="`context` to be a str, got NoneType"):
+        SoftPrompts(small_encoder, space, context=None)
