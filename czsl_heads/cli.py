@@ -153,11 +153,11 @@ def tune(run: Path, data: Path | None = None, seed: int | None = None) -> int:
     Returns:
         0.
     """
-    from czsl_heads.training.finished import dataset_of, finished
+    from czsl_heads.training.finished import dataset_of
     from czsl_heads.training.tune import TUNED
     from czsl_heads.training.tune import tune as tune_weights
 
-    results, _ = finished(run, seed)
+    results, _ = _finished(run, seed)
     config = results["config"]
     model = next((row["model"] for row in results["rows"] if row["readout"]["bank"] is not None), None)
     if model is None:
@@ -189,9 +189,9 @@ def report(
     """
     from czsl_heads._files import write_text
     from czsl_heads.report.page import results_page
-    from czsl_heads.training.finished import dataset_of, finished
+    from czsl_heads.training.finished import dataset_of
 
-    results, seed = finished(run, seed)
+    results, seed = _finished(run, seed)
     dataset = dataset_of(run, results["config"], data)
     model = _model(run, seed)
     other = results["baseline"] if results["baseline"] != results["shown"] else None
@@ -262,15 +262,21 @@ def predict(
     return 0
 
 
+def _finished(run: Path, seed: int | None = None) -> tuple[dict[str, Any], int]:
+    """The results of a finished command, and the seed to use."""
+    from czsl_heads.training.finished import finished
+
+    return finished(run, seed)
+
+
 def _model(run: Path, seed: int | None = None, row: str | None = None) -> Method:
     """A trained model, on the GPU if there is one."""
     import torch
 
     from czsl_heads.models.saved import load
-    from czsl_heads.training.finished import finished
 
     if row is not None or seed is not None or not (run / "model.safetensors").exists():
-        finished(run, seed)
+        _finished(run, seed)
     model: Method = load(run, row=row, seed=seed)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -361,7 +361,7 @@ def test_images_are_let_go_before_the_model_is_loaded(tmp_path: Path, monkeypatc
         raise ReachedError(sum(ref() is not None for ref in alive))
 
     monkeypatch.setattr(layout, "open_image", watched)
-    monkeypatch.setattr("czsl_heads.cli._model", before_the_model)
+    monkeypatch.setattr("czsl_heads.cli._finished", before_the_model)
     with pytest.raises(ReachedError) as reached:
         predict(sorted(tmp_path.glob("*.png")), tmp_path / "run")
     assert reached.value.args[0] <= 1

@@ -239,7 +239,10 @@ def test_a_clip_of_other_weights_is_told(folder, monkeypatch):
     [
         (lambda folder: shutil.rmtree(folder), "expected `folder` of a trained model, got .*csp"),
         (lambda folder: (folder / "config.json").unlink(), r"got .*csp \(.*No such file.*config\.json"),
-        (lambda folder: (folder / "config.json").write_text('{"recipe": '), r"got .*csp \(Expecting value"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"recipe": '),
+            r"got .*csp \(expected JSON in .*config\.json, got .*Expecting value",
+        ),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), r"got .*csp \(.*codec can't decode"),
         (lambda folder: (folder / "config.json").write_text("[1, 2]"), r"csp, whose config\.json holds no model"),
         (lambda folder: (folder / "config.json").write_text("3"), r"csp, whose config\.json holds no model"),
@@ -307,36 +310,6 @@ def test_rows_and_seeds_are_of_folders_with_several_models(folder):
     for choice in ({"row": "max"}, {"seed": 0}):
         with pytest.raises(ValueError, match=r"expected `row` and `seed` with a folder of several models, got .*csp"):
             load(folder, **choice)
-
-
-@pytest.fixture
-def table(tmp_path, images):
-    """A folder as the commands of training leave it: two seeds, and a row with a bank and one without."""
-    rows = []
-    for key, model, bank in (("plain", "vac", None), ("bank", "vac", {"slots": 3}), ("untrained", "cls", None)):
-        by_seed = [{"seed": 4}, {"seed": 7}]
-        rows.append({"key": key, "model": model, "readout": {"bank": bank}, "by_seed": by_seed})
-    for seed in (4, 7):
-        model = trained("coop", images, ("condenser", "bank"))
-        model.record = {"seed": seed}
-        model.save_pretrained(tmp_path / "out" / f"seed{seed}" / "vac")
-    (tmp_path / "out" / "results.json").write_text(json.dumps({"shown": "bank", "rows": rows}))
-    return tmp_path / "out"
-
-
-def test_a_row_of_a_table_is_loaded_by_its_name(table):
-    model = load(table)
-    assert model.record == {"seed": 4}  # the first seed of the row that the report shows
-    assert int(model.bank.counts.sum()) > 0
-    model = load(str(table), row="plain", seed=7)
-    assert (model.record, model.bank) == ({"seed": 7}, None)
-    assert type(Method.from_pretrained(table)) is Condensed
-    with pytest.raises(ValueError, match="expected `row` to be one of plain, bank, untrained, got 'max'"):
-        load(table, row="max")
-    with pytest.raises(ValueError, match="expected `seed` to be one of 4, 7, got 5"):
-        load(table, seed=5)
-    with pytest.raises(ValueError, match=r"expected a trained model in .*out/seed4/cls, got none"):
-        load(table, row="untrained")
 
 
 def test_the_card_says_what_is_known(folder):
