@@ -66,15 +66,30 @@ def shapes_root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_ablation(tmp_path_factory, shapes_root) -> Path:
-    """The folder of a finished ablation of one seed and one epoch a stage, shared: no test may change it."""
-    from czsl_heads.training.ablate import run_ablation
+def configured(shapes_root):
+    """Makes configurations of commands on that data set: one epoch a stage, on the CPU, unless told otherwise."""
     from czsl_heads.training.config import configure
 
+    def make(method="sac", *, by=configure, options=None, **arguments):
+        short = {"batch_size": 48, "condense_epochs": 1, "condense_augment": False}
+        if method != "clip":
+            short["epochs"] = 1
+        if method == "sac":
+            short["lora.rank"] = 1
+        flags = {"accelerator": "cpu", "enable_progress_bar": False}
+        known = {"data": str(shapes_root), "options": {**short, **(options or {})}, "trainer": flags}
+        return by(method, **{**known, **arguments})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_ablation(tmp_path_factory, configured) -> Path:
+    """The folder of a finished ablation of one seed and one epoch a stage, shared: no test may change it."""
+    from czsl_heads.training.ablate import run_ablation
+
     out = tmp_path_factory.mktemp("ablations") / "small"
-    short = {"epochs": 1, "batch_size": 48, "lora_rank": 1, "condense_epochs": 1, "condense_augment": False}
-    flags = {"accelerator": "cpu", "enable_progress_bar": False}
-    run_ablation(out, configure(data=str(shapes_root), options=short, trainer=flags))
+    run_ablation(out, configured())
     return out
 
 

@@ -85,7 +85,8 @@ class _Work:
             model = self.models.setdefault(row.model.folder, row.model)
             readout = config.readout(row)
             self.readouts.setdefault(model.folder, {})[readout.key] = readout
-            self.rows.setdefault(model.folder, []).append(row.key)
+            if row.value is None:  # and no point of a study
+                self.rows.setdefault(model.folder, []).append(row.key)
         about = {"data": "the shapes world" if config.shapes else Path(config.data).name}
         self.about = about | {"data_digest": labels_digest(dataset.root), "preset": config.preset}
 
@@ -100,7 +101,7 @@ class _Work:
             if model.base.folder not in self.models:
                 self._base(model.base, seed)
             base = self.out / f"seed{seed}" / model.base.folder
-        names = ", ".join(dict.fromkeys(self.rows[model.folder]))
+        names = ", ".join(self.rows.get(model.folder, ["of studies"]))
         _say(f"seed {seed}, {config.method}, model {model.folder} (rows {names})")
         return self._train(model, base, seed, self.readouts[model.folder])
 

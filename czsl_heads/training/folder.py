@@ -153,7 +153,8 @@ def _decode_all(dataset: CompositionDataset) -> None:
 def _settings(config: Config, dataset: CompositionDataset | None) -> dict[str, Any]:
     """What is kept in the folder: the configuration, and what the files of the data set say."""
     digest = {} if dataset is None else {"data_digest": labels_digest(dataset.root)}
-    return plain(config.as_dict()) | digest
+    settings: dict[str, Any] = plain(config.as_dict())
+    return settings | digest
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

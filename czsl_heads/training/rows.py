@@ -12,7 +12,6 @@ from czsl_heads.training.options import Options
 
 Addition = Literal["vac", "bank"]
 TableName = Literal["steps", "alignment", "one"]
-TrainStage = Literal["align", "condense", "joint"]
 
 
 class BankPlan(NamedTuple):
@@ -85,10 +84,6 @@ class Trained:
     base: Trained | None = None
     changes: dict[str, Any] = field(default_factory=dict, hash=False)
     longer: bool = False
-
-    def trains(self, joint: bool) -> TrainStage:
-        """The stage, where ``joint`` trains both at once."""
-        return "joint" if joint and self.stage == "condense" else self.stage
 
 
 @dataclass(frozen=True)

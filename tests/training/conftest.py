@@ -1,13 +1,13 @@
-"""A data set small enough to train on in a test, and options to match."""
+"""A data set small enough to train on in a test, options to match, and two trained models."""
 
 from pathlib import Path
 
 import pytest
 
 from czsl_heads.data import CompositionDataset, read_dataset
-from czsl_heads.training.evaluate import Readout
-from czsl_heads.training.options import SACOptions
-from czsl_heads.training.plans import readouts_of
+from czsl_heads.models.recipe import BankOptions, LoRAOptions
+from czsl_heads.training.options import Options
+from czsl_heads.training.rows import BankPlan, Readout
 from czsl_heads.training.run import train_model
 
 
@@ -17,16 +17,16 @@ def dataset(shapes_root: Path) -> CompositionDataset:
 
 
 @pytest.fixture(scope="session")
-def options() -> SACOptions:
-    return SACOptions(
+def options() -> Options:
+    return Options(
         epochs=2,
         batch_size=48,
         learning_rate=1e-3,
-        prompt_dropout=0.2,
-        lora_rank=2,
-        lora_dropout=0.1,
         condense_augment=False,
-        slots=3,
+        lora=LoRAOptions(rank=2, dropout=0.1),
+        bank=BankOptions(slots=3),
+        eval_batch_size=20,  # not a divisor of the number of images
+        model={"dropout": 0.2},
     )
 
 
@@ -36,19 +36,37 @@ def flags() -> dict:
 
 
 @pytest.fixture(scope="session")
+def readouts() -> dict[str, Readout]:
+    """Ways to score a model with a condenser."""
+    plan = BankPlan(3)
+    return {
+        "alone": Readout(),
+        "probabilities": Readout(probabilities=True),
+        "fused": Readout(0.5),
+        "bank": Readout(0.5, 0.5, plan),
+        "texts": Readout(0.4, 0.6, plan._replace(texts=True)),
+        "adapted": Readout(0.4, 0.6, plan._replace(texts=True, updates=True)),
+        "one slot": Readout(0.4, 0.6, BankPlan(1)),
+    }
+
+
+@pytest.fixture(scope="session")
 def aligned(
-    tmp_path_factory: pytest.TempPathFactory, dataset: CompositionDataset, options: SACOptions, flags: dict
+    tmp_path_factory: pytest.TempPathFactory, dataset: CompositionDataset, options: Options, flags: dict
 ) -> Path:
-    """A finished run of stage I, with a longer budget beside the best; shared: no test may change it."""
+    """The folder of SAC's stage I, trained, with a longer budget beside the best; shared: no test may change it."""
     folder = tmp_path_factory.mktemp("run") / "seed0" / "max"
-    train_model(folder, dataset, options, {"aligned": Readout()}, extra_epochs=1, trainer=flags)
+    recipe = options.recipe("sac", "tiny", "max")
+    train_model(folder, dataset, recipe, options, {"alone": Readout()}, extra_epochs=1, trainer=flags)
     return folder
 
 
 @pytest.fixture(scope="session")
-def condensed(aligned: Path, dataset: CompositionDataset, options: SACOptions, flags: dict) -> Path:
-    """A finished run of stage II upon it, scored as rows 4 to 6 are."""
-    folder = aligned.parent / "vac-kl"
-    readouts = readouts_of(options, "condense")
-    train_model(folder, dataset, options, readouts, stage="condense", base=aligned, trainer=flags)
+def condensed(
+    aligned: Path, dataset: CompositionDataset, options: Options, readouts: dict[str, Readout], flags: dict
+) -> Path:
+    """The folder of stage II upon it, with a bank."""
+    folder = aligned.parent / "vac"
+    recipe = options.recipe("sac", "tiny", "max", condenser=True)
+    train_model(folder, dataset, recipe, options, readouts, base=aligned, trainer=flags)
     return folder

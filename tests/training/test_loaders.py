@@ -8,7 +8,7 @@ import torch
 from czsl_heads import wrap
 from czsl_heads.data import CompositionDataset
 from czsl_heads.training.loaders import EpochSampler, count_workers, eval_loader, train_loader
-from czsl_heads.training.options import SACOptions, load_options
+from czsl_heads.training.options import load_options
 
 
 def order(seed: int, epoch: int, **ranks: int) -> list[int]:
@@ -32,25 +32,35 @@ def test_ranks_share_an_epoch_without_overlap() -> None:
     assert len(set().union(*shares)) == 21
 
 
-def test_an_epoch_repeats_to_the_bit_whatever_ran_before(dataset: CompositionDataset) -> None:
-    encoder, options = wrap("tiny"), SACOptions(batch_size=40)
-
-    def epoch(number: int) -> list[torch.Tensor]:
-        loader = train_loader(dataset.images("train", encoder.transform(train=True), seed=5), options, 5)
+def epochs(dataset: CompositionDataset, *numbers: int, workers: int = 0) -> list[list[torch.Tensor]]:
+    """Everything that the training loader gives in epochs."""
+    images = dataset.images("train", wrap("tiny").transform(train=True), seed=5)
+    loader = train_loader(images, 40, 5, workers=workers)
+    assert loader.num_workers == workers
+    drawn = []
+    for number in numbers:
         loader.sampler.set_epoch(number)
-        return [part for batch in loader for part in batch]
+        drawn.append([part for batch in loader for part in batch])
+    return drawn
 
-    first = epoch(1)
+
+def test_an_epoch_repeats_to_the_bit_whatever_ran_before(dataset: CompositionDataset) -> None:
+    (first,) = epochs(dataset, 1)
     torch.rand(17)
-    again, other = epoch(1), epoch(2)
+    again, other = epochs(dataset, 1, 2)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not any(torch.equal(a, b) for a, b in zip(first, other))
 
 
+def test_workers_change_no_batch(dataset: CompositionDataset) -> None:
+    for alone, helped in zip(epochs(dataset, 0, 1), epochs(dataset, 0, 1, workers=2)):
+        assert len(alone) == len(helped) > 2
+        assert all(torch.equal(one, other) for one, other in zip(alone, helped))
+
+
 def test_evaluation_runs_in_file_order(dataset: CompositionDataset) -> None:
-    columns = torch.cat(
-        [target for _, target in eval_loader(dataset.images("test", wrap("tiny").transform()), SACOptions())]
-    )
+    loader = eval_loader(dataset.images("test", wrap("tiny").transform()), 40)
+    columns = torch.cat([target for _, target in loader])
     assert columns.tolist() == [sample.column for sample in dataset.samples["test"]]
 
 
@@ -59,22 +69,6 @@ def test_a_preset_of_real_images_has_a_worker_a_core_up_to_eight(
     cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
-    assert count_workers(load_options("cgqa").workers) == workers
-    assert count_workers(load_options("shapes").workers) == 0
-
-
-def test_workers_change_no_batch(dataset: CompositionDataset) -> None:
-    encoder = wrap("tiny")
-    batches = []
-    for workers in (0, 2):
-        images = dataset.images("train", encoder.transform(train=True), seed=5)
-        loader = train_loader(images, SACOptions(batch_size=40, workers=workers), 5)
-        assert loader.num_workers == workers
-        epochs = []
-        for epoch in (0, 1):
-            loader.sampler.set_epoch(epoch)
-            epochs.append([part for batch in loader for part in batch])
-        batches.append(epochs)
-    for alone, helped in zip(*batches):
-        assert len(alone) == len(helped) > 2
-        assert all(torch.equal(one, other) for one, other in zip(alone, helped))
+    for method in ("sac", "troika"):
+        assert count_workers(load_options(method, "cgqa")[0].workers) == workers
+        assert count_workers(load_options(method, "shapes")[0].workers) == 0

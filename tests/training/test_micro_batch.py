@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from czsl_heads import SAC, CompositionSpace, wrap
+from czsl_heads import CompositionSpace, wrap
 from czsl_heads.adapters.lora import add_lora
-from czsl_heads.models.sac import SpaceTexts, TrainStage
+from czsl_heads.models.condensed import Condensed
+from czsl_heads.models.sac import Aligned
 from czsl_heads.prompts.soft import TextFeatures
 from czsl_heads.training.micro_batch import losses_in_parts
 
@@ -19,19 +20,16 @@ IMAGES = 11
 
 
 @pytest.fixture
-def space() -> CompositionSpace:
-    names = [f"attribute {i}" for i in range(5)], [f"object {i}" for i in range(7)]
-    return CompositionSpace(*names, seen=[(i % 5, i) for i in range(7)])
-
-
-@pytest.fixture
-def sac(space: CompositionSpace) -> SAC:
+def model() -> Condensed:
+    """SAC, all of it trained at once."""
     torch.manual_seed(0)
+    names = [f"attribute {i}" for i in range(5)], [f"object {i}" for i in range(7)]
+    space = CompositionSpace(*names, seen=[(i % 5, i) for i in range(7)])
     encoder = wrap("tiny")
     for module in add_lora(encoder, rank=2):
         for delta in module.deltas.values():
             nn.init.normal_(delta.b, std=0.1)  # or nothing would reach what stands before it
-    return SAC(encoder, space, bank=False).train()
+    return Condensed(Aligned(encoder, space), joint=True).train()
 
 
 @pytest.fixture
@@ -40,60 +38,62 @@ def batch(generator: torch.Generator) -> list[Tensor]:
     return [torch.randn(IMAGES, 3, 48, 48, generator=generator), columns]
 
 
-def trained(sac: SAC) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in sac.named_parameters() if parameter.requires_grad}
+def trained(model: Condensed) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def whole(sac: SAC, space: CompositionSpace, batch, stage: TrainStage = "joint", texts=None) -> dict[str, Tensor]:
-    texts = sac.texts(space) if texts is None else SpaceTexts(space, texts)
-    return sac.losses(sac(batch[0], texts), batch[-1], stage=stage)
+def whole(model: Condensed, batch, texts: TextFeatures | None = None) -> dict[str, Tensor]:
+    pairs = model.space.pairs
+    texts = model.texts(pairs) if texts is None else texts
+    return model.losses(model.compare(model.encode(batch[0]), texts)[0], pairs, batch[-1])
 
 
-def in_parts(sac: SAC, space: CompositionSpace, batch, size: int, **options) -> dict[str, Tensor]:
-    def losses(part, features: TextFeatures) -> dict[str, Tensor]:
-        return whole(sac, space, part, texts=features)
+def in_parts(model: Condensed, batch, size: int, **options) -> dict[str, Tensor]:
+    def losses(part, texts: TextFeatures) -> dict[str, Tensor]:
+        return whole(model, part, texts)
 
-    return losses_in_parts(losses, batch, sac.texts(space).features, [*trained(sac).values()], size=size, **options)
+    texts = model.texts(model.space.pairs)
+    return losses_in_parts(losses, batch, texts, [*trained(model).values()], size=size, **options)
 
 
-def gradients(sac: SAC, loss: Tensor) -> dict[str, Tensor]:
-    sac.zero_grad()
+def gradients(model: Condensed, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
     loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in trained(sac).items()}
+    return {name: parameter.grad.clone() for name, parameter in trained(model).items()}
 
 
 @pytest.mark.parametrize("size", [1, 4, 10, 11, 1000])
-def test_losses_and_gradients_are_those_of_the_whole(sac: SAC, space: CompositionSpace, batch, size: int) -> None:
-    sac, batch = sac.double(), [batch[0].double(), batch[1]]
-    expected = whole(sac, space, batch)
-    wanted = gradients(sac, expected["loss"])
-    found = in_parts(sac, space, batch, size)
+def test_losses_and_gradients_are_those_of_the_whole(model: Condensed, batch, size: int) -> None:
+    model, batch = model.double(), [batch[0].double(), batch[1]]
+    expected = whole(model, batch)
+    wanted = gradients(model, expected["loss"])
+    found = in_parts(model, batch, size)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=0)
-    for name, gradient in gradients(sac, found["loss"]).items():
+    for name, gradient in gradients(model, found["loss"]).items():
         assert gradient.any()
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-9, atol=1e-9 * float(wanted[name].abs().max()))
 
 
-def test_only_the_loss_has_gradients(sac: SAC, space: CompositionSpace, batch) -> None:
-    found = in_parts(sac, space, batch, 4)
+def test_only_the_loss_has_gradients(model: Condensed, batch) -> None:
+    found = in_parts(model, batch, 4)
     assert {name for name, value in found.items() if value.requires_grad} == {"loss"}
 
 
-def test_an_incoming_gradient_is_a_factor(sac: SAC, space: CompositionSpace, batch) -> None:
-    once = gradients(sac, in_parts(sac, space, batch, 4)["loss"])
-    halved = gradients(sac, in_parts(sac, space, batch, 4)["loss"] / 2)
+def test_an_incoming_gradient_is_a_factor(model: Condensed, batch) -> None:
+    once = gradients(model, in_parts(model, batch, 4)["loss"])
+    halved = gradients(model, in_parts(model, batch, 4)["loss"] / 2)
     for name, gradient in once.items():
         torch.testing.assert_close(halved[name], gradient / 2)
 
 
-def test_a_part_alone_under_autocast_is_the_whole_under_autocast(sac: SAC, space: CompositionSpace, batch) -> None:
+def test_a_part_alone_under_autocast_is_the_whole_under_autocast(model: Condensed, batch) -> None:
     found = []
-    for run in (lambda: whole(sac, space, batch), lambda: in_parts(sac, space, batch, IMAGES)):
+    for run in (lambda: whole(model, batch), lambda: in_parts(model, batch, IMAGES)):
         with torch.autocast("cpu", torch.bfloat16):
             loss = run()["loss"]
-        found.append(gradients(sac, loss))
+        found.append(gradients(model, loss))
     assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
 
 
@@ -147,16 +147,16 @@ def test_a_scale_saves_gradients_from_half_precision() -> None:
     assert found[2.0**16] == pytest.approx(3.5e-9, rel=1e-2)
 
 
-def test_hooks_of_data_parallel_training_see_the_gradients_once(sac: SAC, space: CompositionSpace, batch) -> None:
+def test_hooks_of_data_parallel_training_see_the_gradients_once(model: Condensed, batch) -> None:
     class Step(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.sac = sac
+            self.model = model
 
         def forward(self) -> Tensor:
-            return in_parts(sac, space, batch, 4)["loss"]
+            return in_parts(model, batch, 4)["loss"]
 
-    wanted = gradients(sac, in_parts(sac, space, batch, 4)["loss"])
+    wanted = gradients(model, in_parts(model, batch, 4)["loss"])
     reduced = []
 
     def hook(_, bucket) -> torch.futures.Future[Tensor]:
@@ -169,11 +169,11 @@ def test_hooks_of_data_parallel_training_see_the_gradients_once(sac: SAC, space:
     try:
         parallel = nn.parallel.DistributedDataParallel(Step())
         parallel.register_comm_hook(None, hook)
-        found = gradients(sac, parallel())
+        found = gradients(model, parallel())
     finally:
         dist.destroy_process_group()
-    assert {*map(id, reduced)} == {*map(id, trained(sac).values())}
-    assert len(reduced) == len(trained(sac))
+    assert {*map(id, reduced)} == {*map(id, trained(model).values())}
+    assert len(reduced) == len(trained(model))
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], 2 * gradient)
 
@@ -213,13 +213,13 @@ def most_kept(run: Callable[[], object], ignored: list[Tensor]) -> int:
     return peak
 
 
-def test_memory_is_that_of_the_texts_and_one_part(sac: SAC, space: CompositionSpace, batch) -> None:
-    ignored = [*sac.parameters(), *sac.buffers(), *batch]
-    texts = most_kept(lambda: sac.texts(space), ignored)
-    all_at_once = most_kept(lambda: whole(sac, space, batch), ignored)
-    few_at_once = most_kept(lambda: in_parts(sac, space, batch, 3), ignored)
-    one_part = most_kept(lambda: whole(sac, space, [rows[:3] for rows in batch]), ignored)
-    learned = sum(parameter.nbytes for parameter in trained(sac).values())  # the gradients, which are kept
+def test_memory_is_that_of_the_texts_and_one_part(model: Condensed, batch) -> None:
+    ignored = [*model.parameters(), *model.buffers(), *batch]
+    texts = most_kept(lambda: model.texts(model.space.pairs), ignored)
+    all_at_once = most_kept(lambda: whole(model, batch), ignored)
+    few_at_once = most_kept(lambda: in_parts(model, batch, 3), ignored)
+    one_part = most_kept(lambda: whole(model, [rows[:3] for rows in batch]), ignored)
+    learned = sum(parameter.nbytes for parameter in trained(model).values())  # the gradients, which are kept
     assert all_at_once - texts > 3 * (one_part - texts)
     assert few_at_once <= one_part + learned
 
@@ -232,6 +232,6 @@ def test_memory_is_that_of_the_texts_and_one_part(sac: SAC, space: CompositionSp
         ({"size": 2, "scale": 0.0}, ValueError, "expected `scale` to be positive and finite, got 0.0"),
     ],
 )
-def test_wrong_arguments_raise(sac: SAC, space: CompositionSpace, batch, options: dict, error, message: str) -> None:
+def test_wrong_arguments_raise(model: Condensed, batch, options: dict, error, message: str) -> None:
     with pytest.raises(error, match=message):
-        in_parts(sac, space, batch, **options)
+        in_parts(model, batch, **options)

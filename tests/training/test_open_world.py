@@ -1,6 +1,5 @@
 """The open world masked by feasibility: thresholds from validation images, final scores masked, all of it on record."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,26 +8,27 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from czsl_heads import SAC, wrap
-from czsl_heads.cli import main
+from czsl_heads import wrap
+from czsl_heads._numbers import percent
 from czsl_heads.data import CompositionDataset
-from czsl_heads.functional import czsl_scores, feasibility, mask_infeasible
+from czsl_heads.functional import feasibility, mask_infeasible
+from czsl_heads.models.saved import CONFIG, RESULTS, load, load_model
 from czsl_heads.prompts.primitives import encode_primitives
-from czsl_heads.report.page import ablation_page
-from czsl_heads.report.table import FEASIBLE_COLUMNS, ablation_markdown, percent, tables
-from czsl_heads.training.ablate import RESULTS, run_ablation
-from czsl_heads.training.config import configure
+from czsl_heads.report.page import results_page
+from czsl_heads.report.table import FEASIBLE_COLUMNS, results_markdown, tables
+from czsl_heads.training.ablate import run_ablation
+from czsl_heads.training.config import configure, configure_model
 from czsl_heads.training.evaluate import Evaluation
-from czsl_heads.training.folder import CONFIG, open_folder
+from czsl_heads.training.folder import open_folder
 from czsl_heads.training.open_world import FEASIBILITY, OpenWorld, Thresholds, feasibility_table, kept_open_world
-from czsl_heads.training.options import SACOptions
-from czsl_heads.training.run import load_run
-from tests.training.test_evaluate import BATCH, READOUTS, reference_scores, run
+from czsl_heads.training.options import Options
+from czsl_heads.training.run import RECORD
+from tests.training.reference import Reference, assert_same_numbers, reference_result
+from tests.training.test_evaluate import run
 
-# Those of the fixture `small_ablation`, which has the closed world only.
-FAST = {"epochs": 1, "batch_size": 48, "lora_rank": 1, "condense_epochs": 1, "condense_augment": False}
-QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
-CHOSEN = {name: READOUTS[name] for name in ("aligned", "bank", "adapted")}
+pytestmark = pytest.mark.engine
+
+CHOSEN = ("alone", "bank", "adapted")
 
 
 @pytest.fixture(scope="module")
@@ -44,110 +44,93 @@ def table(dataset: CompositionDataset) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def sac(condensed: Path) -> SAC:
-    return load_run(condensed)
+def score(condensed: Path, dataset: CompositionDataset, options: Options, readouts: dict):
+    """Scores the model of stage II by some of its readouts."""
+    model, chosen = load_model(condensed), {name: readouts[name] for name in CHOSEN}
+
+    def scored(names=CHOSEN, **arguments) -> Evaluation:
+        return run(model, dataset, options, {name: chosen[name] for name in names}, **arguments)
+
+    return scored
 
 
 @pytest.fixture(scope="module")
-def cut(options: SACOptions) -> SACOptions:
-    return dataclasses.replace(options, eval_batch_size=BATCH)
+def reference(condensed: Path, dataset: CompositionDataset, options: Options) -> Reference:
+    return Reference(load_model(condensed), dataset, options.eval_batch_size)
 
 
 @pytest.fixture(scope="module", params=["clean", "official"])
-def masked(sac: SAC, dataset: CompositionDataset, cut: SACOptions, table: torch.Tensor, request) -> Evaluation:
-    return run(sac, dataset, cut, CHOSEN, open_world=OpenWorld(table, request.param))
-
-
-def scored(scores: torch.Tensor, split: str, dataset: CompositionDataset, protocol: str = "standard"):
-    space = dataset.space.open_world()
-    target = space.index(dataset.space.pairs[dataset.images(split).columns])
-    return czsl_scores(scores, target, *space.pairs.unbind(1), space.seen_mask, protocol=protocol)
+def masked(score, table: torch.Tensor, request) -> Evaluation:
+    return score(open_world=OpenWorld(table, request.param))
 
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_masked_numbers_equal_masking_by_hand(
-    masked: Evaluation, sac: SAC, dataset: CompositionDataset, table: torch.Tensor, name: str
+    masked: Evaluation, reference: Reference, readouts: dict, table: torch.Tensor, name: str
 ) -> None:
-    assert masked.thresholds is not None
-    assert masked.open_world is not None
+    dataset, readout = masked.dataset, readouts[name]
     seen, masking = dataset.space.open_world().seen_mask, masked.open_world.masking
     curve = masked.thresholds.curves[name]
-    validation = reference_scores(sac, dataset, CHOSEN[name], "open", "val")
-    assert curve.auc_unmasked == pytest.approx(scored(validation, "val", dataset).auc, abs=1e-6)
+    validation = reference.scores(readout, "open", "val")
+    plain = reference_result(validation, dataset, "open", "val")
+    assert curve.auc_unmasked == pytest.approx(plain.auc, abs=1e-6)
     for threshold, auc in list(zip(curve.thresholds.tolist(), curve.auc.tolist()))[::7]:
         hidden = mask_infeasible(validation, table.flatten(), seen, threshold, masking=masking)
-        assert auc == pytest.approx(scored(hidden, "val", dataset).auc, abs=1e-6)
+        assert auc == pytest.approx(reference_result(hidden, dataset, "open", "val").auc, abs=1e-6)
     assert curve.threshold == curve.thresholds[curve.auc.argmax()]
-
-    scores = reference_scores(sac, dataset, CHOSEN[name], "open")
+    scores = reference.scores(readout, "open")
     hidden = mask_infeasible(scores, table.flatten(), seen, curve.threshold, masking=masking)
-    assert_results(masked.results[name], {"open": scores, "feasible": hidden}, dataset)
+    assert_results(masked, name, {"open": scores, "feasible": hidden})
 
 
-def assert_results(found: dict, scores: dict[str, torch.Tensor], dataset: CompositionDataset) -> None:
+def assert_results(evaluation: Evaluation, name: str, scores: dict[str, torch.Tensor]) -> None:
     for world, rows in scores.items():
-        for protocol, result in found[world].items():
-            expected = scored(rows, "test", dataset, protocol)
-            for number in ("auc", "seen", "unseen", "harmonic_mean", "attr_accuracy", "obj_accuracy"):
-                assert getattr(result, number) == pytest.approx(getattr(expected, number), abs=1e-6), (world, number)
+        for protocol, found in evaluation.as_dicts()[name][world].items():
+            assert_same_numbers(found, reference_result(rows, evaluation.dataset, "open", protocol=protocol))
 
 
 def test_the_bank_that_adapts_is_masked_behind_the_fusion_only(
-    sac: SAC, dataset: CompositionDataset, cut: SACOptions, table: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    score, reference: Reference, readouts: dict, table: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At a threshold by hand that leaves out pairs of test images: the search would not take it."""
     monkeypatch.setattr(Thresholds, "curves", {"adapted": SimpleNamespace(threshold=0.3, as_dict=dict)})
-    evaluation = run(sac, dataset, cut, {"adapted": CHOSEN["adapted"]}, open_world=OpenWorld(table))
-    scores = reference_scores(sac, dataset, CHOSEN["adapted"], "open")
-    hidden = mask_infeasible(scores, table.flatten(), dataset.space.open_world().seen_mask, 0.3)
-    assert_results(evaluation.results["adapted"], {"open": scores, "feasible": hidden}, dataset)
+    evaluation = score(["adapted"], open_world=OpenWorld(table))
+    scores = reference.scores(readouts["adapted"], "open")
+    hidden = mask_infeasible(scores, table.flatten(), reference.space("open").seen_mask, 0.3)
+    assert_results(evaluation, "adapted", {"open": scores, "feasible": hidden})
     aucs = [evaluation.results["adapted"][world]["exact"].auc for world in ("open", "feasible")]
     assert aucs[0] > aucs[1] + 0.01
 
 
-def test_a_search_leaves_the_other_numbers_as_they_are(
-    masked: Evaluation, sac: SAC, dataset: CompositionDataset, cut: SACOptions
-) -> None:
-    plain = run(sac, dataset, cut, CHOSEN)
+def test_a_search_leaves_the_other_numbers_as_they_are(masked: Evaluation, score) -> None:
+    plain = score()
     assert plain.thresholds is None
-    for name, worlds in plain.results.items():
-        assert worlds.keys() == {"closed", "open"}
-        assert masked.results[name].keys() == {"closed", "open", "feasible"}
-        for world, by_protocol in worlds.items():
-            for protocol, result in by_protocol.items():
-                assert result.as_dict() == masked.results[name][world][protocol].as_dict()
+    for name, worlds in masked.as_dicts().items():
+        assert worlds.keys() == {"closed", "open", "feasible"}
+        worlds.pop("feasible")
+        assert worlds == plain.as_dicts()[name]
     assert (masked.gap, masked.rejected) == (plain.gap, plain.rejected)
 
 
-def test_masking_needs_the_open_world(
-    sac: SAC, dataset: CompositionDataset, cut: SACOptions, table: torch.Tensor
-) -> None:
+def test_masking_needs_the_open_world(score, table: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="expected `worlds` with open where it is to be masked, got closed"):
-        Evaluation(sac, dataset, cut, CHOSEN, worlds=("closed",), open_world=OpenWorld(table))
+        score(worlds=("closed",), open_world=OpenWorld(table))
 
 
 @pytest.fixture(scope="module")
-def arguments(shapes_root: Path) -> dict:
-    return {"data": str(shapes_root), "options": FAST, "trainer": QUIET}
-
-
-@pytest.fixture(scope="module")
-def ablation(tmp_path_factory: pytest.TempPathFactory, arguments: dict) -> tuple[Path, dict]:
+def ablation(tmp_path_factory: pytest.TempPathFactory, configured) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("ablation") / "open"
-    return out, run_ablation(out, configure(world="open", **arguments))
+    return out, run_ablation(out, configured(world="open"))
 
 
 def test_every_row_has_the_masked_numbers_and_the_search(ablation: tuple[Path, dict]) -> None:
     out, results = ablation
     assert results == json.loads((out / RESULTS).read_text())
-    assert {name: results["config"][name] for name in ("world", "feasibility", "masking")} == {
-        "world": "open",
-        "feasibility": "encoder",
-        "masking": "clean",
-    }
+    settings = {name: results["config"][name] for name in ("world", "feasibility", "masking")}
+    assert settings == {"world": "open", "feasibility": "encoder", "masking": "clean"}
     table = kept_open_world(out, configure(world="open")).feasibility
     for row in results["rows"]:
-        (single,) = row["runs"]
+        (single,) = row["by_seed"]
         found = single["feasibility"]
         assert len(found["thresholds"]) == len(found["auc"]) == len(found["kept"]) == 50
         best = found["thresholds"].index(found["threshold"])
@@ -159,19 +142,19 @@ def test_every_row_has_the_masked_numbers_and_the_search(ablation: tuple[Path, d
         assert row["summary"]["feasible"]["exact"]["auc"]["mean"] == single["test"]["feasible"]["exact"]["auc"]
         assert row["feasibility"]["threshold"] == {"mean": found["threshold"], "std": None}
         assert row["feasibility"]["auc"]["mean"] == max(found["auc"])
-    budgets = json.loads((out / "seed0" / "max" / "run.json").read_text())["budgets"]
-    assert [budget["feasibility"].keys() for budget in budgets.values()] == [{"aligned"}, {"aligned"}]
-    assert results["comparisons"][0]["auc"].keys() == {"closed", "open", "feasible"}
+    budgets = json.loads((out / "seed0" / "max" / RECORD).read_text())["budgets"]
+    assert [budget["feasibility"].keys() for budget in budgets.values()] == [{"method"}, {"method"}]
+    assert results["comparisons"][0]["differences"].keys() == {"closed", "open", "feasible"}
 
 
 def test_the_rest_is_that_of_an_ablation_without(ablation: tuple[Path, dict], small_ablation: Path) -> None:
     plain = json.loads((small_ablation / RESULTS).read_text())
     for row, other in zip(plain["rows"], ablation[1]["rows"]):
         for world in ("closed", "open"):
-            assert other["runs"][0]["test"][world] == row["runs"][0]["test"][world]
+            assert other["by_seed"][0]["test"][world] == row["by_seed"][0]["test"][world]
             assert other["summary"][world] == row["summary"][world]
         assert other["gap"] == row["gap"]
-        assert row["runs"][0]["test"].keys() == {"closed", "open"}
+        assert row["by_seed"][0]["test"].keys() == {"closed", "open"}
         assert "feasibility" not in row
     for config in (plain["config"], json.loads((small_ablation / CONFIG).read_text())):
         assert config.keys().isdisjoint({"world", "feasibility", "masking"})
@@ -180,53 +163,40 @@ def test_the_rest_is_that_of_an_ablation_without(ablation: tuple[Path, dict], sm
 def test_tables_show_the_masked_numbers_beside_the_others(ablation: tuple[Path, dict], small_ablation: Path) -> None:
     results = ablation[1]
     by_title = {title.partition(",")[0]: (headings, rows) for title, headings, rows in tables(results)}
-    headings, cells = by_title["Open world"]
+    (headings, cells), (_, searched) = by_title["Open world"], by_title["Feasibility"]
     assert headings[-3:] == [heading for heading, _, _ in FEASIBLE_COLUMNS]
-    for row, shown in zip(results["rows"], cells):
-        masked = row["summary"]["feasible"]
-        assert shown[-2:] == [percent(masked[protocol]["auc"]) for protocol in ("standard", "exact")]
-        assert shown[-3] == percent(masked["standard"]["harmonic_mean"])
+    for row, shown, search in zip(results["rows"], cells, searched):
+        masked, found = row["summary"]["feasible"], row["by_seed"][0]["feasibility"]
         assert len(shown) == len(headings)
-    headings, cells = by_title["Feasibility"]
-    for row, shown in zip(results["rows"], cells):
-        (single,) = row["runs"]
-        assert shown[2:5] == [
-            f"{single['feasibility']['threshold']:.3f}",
-            str(single["feasibility"]["kept_pairs"]),
-            "48",
-        ]
-    page = ablation_markdown(results)
-    assert "feasible: the open world again; an unseen pair whose feasibility (by the text features" in page
-    assert "(feasibility.png)" in page
-    assert "feasib" not in ablation_markdown(json.loads((small_ablation / RESULTS).read_text()))
+        assert shown[-3] == percent(masked["standard"]["harmonic_mean"])
+        assert shown[-2:] == [percent(masked[protocol]["auc"]) for protocol in ("standard", "exact")]
+        assert search[2:5] == [f"{found['threshold']:.3f}", str(found["kept_pairs"]), "48"]
+    plain = json.loads((small_ablation / RESULTS).read_text())
+    assert "an unseen pair whose feasibility (by the text features of the encoder)" in results_markdown(results)
+    assert "feasib" not in results_markdown(plain)
 
 
-def test_the_page_shows_the_search(
-    ablation: tuple[Path, dict], small_ablation: Path, dataset: CompositionDataset
-) -> None:
-    out, results = ablation
-    models = [load_run(out / "seed0" / folder) for folder in ("vac-kl", "cls")]
-    page = ablation_page(results, dataset, *models, images=1)
+def test_the_page_shows_the_search(ablation: tuple[Path, dict], small_ablation: Path, dataset) -> None:
+    models = [load(ablation[0], row=row) for row in ("5", "1")]
+    page = results_page(ablation[1], dataset, *models, images=1)
     assert '<h2 id="feasibility">' in page
     assert '<a href="#feasibility">' in page
     plain = json.loads((small_ablation / RESULTS).read_text())
-    assert "feasib" not in ablation_page(plain, dataset, *models, images=1)
+    assert "feasib" not in results_page(plain, dataset, *models, images=1)
 
 
-def test_the_command_resumes_it_without_training_again(ablation: tuple[Path, dict], shapes_root: Path, capsys) -> None:
+def test_calling_again_searches_nothing_but_for_what_is_new(
+    ablation: tuple[Path, dict], tmp_path: Path, configured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, results = ablation
-    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("run.json")}
-    options = [f"--options.{name}={str(value).lower()}" for name, value in FAST.items()]
-    flags = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--world=open"]
-    assert main(["ablate", "--data", str(shapes_root), "--out", str(out), *options, *flags]) == 0
-    assert json.loads((out / RESULTS).read_text()) == results
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("run.json")} == stamps
-    assert (out / "feasibility.png").stat().st_size > 10_000
-    shown = capsys.readouterr().out
-    assert "feasible: the open world again" in shown
-    assert "ablation.md, feasibility.png and curves.png" in shown
-    for row in results["rows"]:
-        assert shown.count(f" {row['name']} ") == 4  # whole, in each table
+    copy = Path(shutil.copytree(out, tmp_path / "copy"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluation, "test_step", None)
+        assert run_ablation(copy, configured(world="open")) == results
+    gamma = run_ablation(copy, configured(world="open", sweep="gamma"))
+    assert gamma["rows"] == results["rows"]
+    record = json.loads((copy / "seed0" / "vac" / RECORD).read_text())["budgets"]["best"]
+    assert record["feasibility"].keys() == record["test"].keys() > {"beta 0.5"}
 
 
 @pytest.mark.parametrize(
@@ -237,15 +207,12 @@ def test_the_command_resumes_it_without_training_again(ablation: tuple[Path, dic
     ],
 )
 def test_a_folder_of_another_open_world_is_refused(
-    ablation: tuple[Path, dict], arguments: dict, changes: dict, message: str
+    ablation: tuple[Path, dict], small_ablation: Path, configured, changes: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        run_ablation(ablation[0], configure(**changes, **arguments))
-
-
-def test_a_folder_without_is_refused_with(small_ablation: Path, arguments: dict) -> None:
+        open_folder(ablation[0], configured(**changes))
     with pytest.raises(ValueError, match="whose world is 'closed' instead of 'open'"):
-        run_ablation(small_ablation, configure(world="open", **arguments))
+        open_folder(small_ablation, configured(world="open"))
 
 
 def word_vectors(path: Path, dataset: CompositionDataset) -> Path:
@@ -275,29 +242,24 @@ def test_the_table_comes_from_what_the_argument_names(
     assert not torch.equal(by_words, by_encoder)
 
 
-def test_the_folder_keeps_the_table(tmp_path: Path, arguments: dict, dataset: CompositionDataset) -> None:
+def test_the_folder_keeps_the_table(tmp_path: Path, configured, dataset: CompositionDataset) -> None:
     words = word_vectors(tmp_path / "glove.txt", dataset)
-    config = configure(world="open", feasibility=str(words), masking="official", **arguments)
-    open_folder(tmp_path / "out", config)
-    kept = kept_open_world(tmp_path / "out", config)
+    arguments = {"world": "open", "feasibility": str(words), "masking": "official"}
+    config, out = configured("clip", by=configure_model, **arguments), tmp_path / "out"
+    open_folder(out, config)
+    kept, whole = kept_open_world(out, config), (out / FEASIBILITY).read_bytes()
     assert kept.masking == "official"
     assert torch.equal(kept.feasibility, feasibility_table(config, dataset.space))
+
+    (out / FEASIBILITY).unlink()  # as an interruption may have left it
+    open_folder(out, config)
+    assert (out / FEASIBILITY).read_bytes() == whole
     words.write_text("")
-    open_folder(tmp_path / "out", config)
-    assert torch.equal(kept_open_world(tmp_path / "out", config).feasibility, kept.feasibility)
-    path = tmp_path / "out" / FEASIBILITY
-    path.write_bytes(path.read_bytes()[:20])
+    open_folder(out, config)
+    assert torch.equal(kept_open_world(out, config).feasibility, kept.feasibility)
+    (out / FEASIBILITY).write_bytes(whole[:20])
     with pytest.raises(ValueError, match=r"expected the feasibility of pairs in .*, got a damaged file"):
-        kept_open_world(tmp_path / "out", config)
-
-
-def test_a_table_that_an_interruption_left_out_is_made_up_for(tmp_path: Path, arguments: dict) -> None:
-    config = configure(world="open", **arguments)
-    open_folder(tmp_path / "out", config)
-    whole = (tmp_path / "out" / FEASIBILITY).read_bytes()
-    (tmp_path / "out" / FEASIBILITY).unlink()
-    open_folder(tmp_path / "out", config)
-    assert (tmp_path / "out" / FEASIBILITY).read_bytes() == whole
+        kept_open_world(out, config)
 
 
 @pytest.mark.parametrize(
@@ -311,54 +273,10 @@ def test_a_table_that_an_interruption_left_out_is_made_up_for(tmp_path: Path, ar
 )
 @pytest.mark.parametrize("drawn", [False, True])
 def test_a_wrong_file_leaves_nothing_behind(
-    tmp_path: Path, shapes_root: Path, name: str, content: bytes, message: str, drawn: bool, capsys
+    tmp_path: Path, configured, name: str, content: bytes, message: str, drawn: bool
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    data = "shapes" if drawn else str(shapes_root)
-    command = ["ablate", "--out", str(tmp_path / "out"), "--data", data, "--world", "open"]
-    assert main([*command, "--feasibility", str(tmp_path / name)]) == 1
-    complaint = capsys.readouterr().err.splitlines()[-1]
-    assert complaint.startswith("czsl ablate: ")
-    assert message in complaint
+    arguments = {"world": "open", "feasibility": str(tmp_path / name), **({"data": "shapes"} if drawn else {})}
+    with pytest.raises(ValueError, match=message):
+        open_folder(tmp_path / "out", configured("clip", by=configure_model, **arguments))
     assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        (["--world=open", "--feasibility=nowhere.txt"], 1, 'expected `feasibility` to be "encoder" or a file, got'),
-        (["--feasibility=nowhere.txt"], 1, 'expected `feasibility` with world="open" only, got'),
-        (["--masking=official"], 1, "expected `masking` with world=\"open\" only, got 'official' without"),
-        (["--world=half"], 2, "world"),
-        (["--world=open", "--masking=dirty"], 2, "masking"),
-    ],
-)
-def test_arguments_that_make_no_sense_are_refused_at_once(
-    tmp_path: Path, arguments: list[str], status: int, message: str, monkeypatch, capsys
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    try:
-        returned = main(["ablate", "--out", "o", *arguments])
-    except SystemExit as stopped:  # the parser's own way
-        returned = stopped.code
-    assert returned == status
-    complaint = capsys.readouterr().err
-    assert message in complaint
-    assert "Traceback" not in complaint
-    assert [*tmp_path.iterdir()] == []
-
-
-def test_python_refuses_what_the_parser_does() -> None:
-    for name in ("world", "masking"):
-        with pytest.raises(ValueError, match=f"expected `{name}` to be one of"):
-            configure(**{name: "half"})
-
-
-def test_settings_of_before_there_was_an_open_world_are_taken_up(
-    small_ablation: Path, tmp_path: Path, arguments: dict
-) -> None:
-    """A folder that holds no word of it is one of the closed world."""
-    shutil.copy(small_ablation / CONFIG, tmp_path / CONFIG)
-    before = (tmp_path / CONFIG).read_bytes()
-    assert isinstance(open_folder(tmp_path, configure(**arguments)), CompositionDataset)
-    assert (tmp_path / CONFIG).read_bytes() == before

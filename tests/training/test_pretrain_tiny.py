@@ -52,6 +52,7 @@ def test_spelled_captions_use_letters_and_leave_the_tokenizer_alone() -> None:
     torch.testing.assert_close(spelled, expected)
 
 
+@pytest.mark.engine
 # The script trains from a bare shell, where Lightning's advice is welcome.
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")

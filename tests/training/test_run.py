@@ -1,280 +1,272 @@
-"""A run in a folder: it trains, keeps the best epochs, resumes to the bit in every stage, and loads back."""
+"""A model in a folder: it trains, keeps the best epochs, resumes to the bit in every stage, and loads back."""
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from czsl_heads import SAC
 from czsl_heads.data import CompositionDataset
-from czsl_heads.functional import czsl_scores
-from czsl_heads.training.evaluate import Evaluation, Readout
-from czsl_heads.training.loaders import eval_loader
-from czsl_heads.training.options import SACOptions
-from czsl_heads.training.plans import readouts_of
-from czsl_heads.training.run import BANK, RECORD, WEIGHTS, build_sac, evaluate_model, load_run, train_model
+from czsl_heads.models.recipe import Recipe, build, from_plain
+from czsl_heads.models.saved import CARD, CONFIG, WEIGHTS, load_model
+from czsl_heads.training.evaluate import Evaluation
+from czsl_heads.training.options import Options
+from czsl_heads.training.rows import BankPlan, Readout
+from czsl_heads.training.run import RECORD, evaluate_model, train_model
 from czsl_heads.training.stage import Stage
+from czsl_heads.training.summary import numbers_of
+from tests.training.reference import NUMBERS, assert_same_numbers, reference_result
 
-ALIGNED = {"aligned": Readout()}
+pytestmark = pytest.mark.engine
+
+ALONE = {"alone": Readout()}
+KEPT = (RECORD, WEIGHTS, CONFIG, CARD)
 
 
-def test_a_run_leaves_its_record_weights_and_logs(aligned: Path, options: SACOptions) -> None:
-    record = json.loads((aligned / RECORD).read_text())
-    weights = load_file(aligned / WEIGHTS)
+def read(folder: Path, name: str = RECORD) -> dict:
+    return json.loads((folder / name).read_text())
+
+
+@pytest.fixture
+def train(dataset: CompositionDataset, options: Options, flags: dict):
+    """Trains SAC's stage I in a folder, as the fixture `aligned` was, unless told otherwise."""
+
+    def run(folder: Path, *, method="sac", options=options, readouts=ALONE, condenser=False, **arguments) -> dict:
+        recipe = options.recipe(method, "tiny", "max", condenser=condenser)
+        return train_model(folder, dataset, recipe, options, readouts, **{"trainer": flags, **arguments})
+
+    return run
+
+
+def test_a_training_leaves_its_record_weights_card_and_logs(aligned: Path, options: Options) -> None:
+    record, weights = read(aligned), load_file(aligned / WEIGHTS)
     assert sum(tensor.numel() for tensor in weights.values()) == record["trainable_parameters"]
     assert all("deltas" in name or name.startswith("prompts.") for name in weights)
     assert [*record["budgets"]] == ["best", "longer"]
-    assert 1 <= record["budgets"]["best"]["best_epoch"] <= options.epochs
-    assert record["budgets"]["longer"]["best_epoch"] <= options.epochs + 1
-    assert record["budgets"]["best"]["validation_auc"] <= record["budgets"]["longer"]["validation_auc"]
-    assert record["options"]["learning_rate"] == options.learning_rate
+    best, longer = record["budgets"].values()
+    assert 1 <= best["best_epoch"] <= options.epochs
+    assert longer["best_epoch"] <= options.epochs + 1
+    assert best["selected"] <= longer["selected"]
+    assert from_plain(Options, record["options"], "options") == options
+    assert from_plain(Recipe, record["recipe"], "recipe") == options.recipe("sac", "tiny", "max")
     assert list(aligned.glob("logs/*/metrics.csv"))
     assert list(aligned.glob("tensorboard/*/events*"))
-    assert not (aligned / BANK).exists()
+    assert "# sac on data of your own" in (aligned / CARD).read_text()
 
 
-def test_the_second_stage_trains_the_condenser_alone_and_keeps_all_weights(aligned: Path, condensed: Path) -> None:
-    record = json.loads((condensed / RECORD).read_text())
-    before, after = load_file(aligned / WEIGHTS), load_file(condensed / WEIGHTS)
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    own = {name: tensor for name, tensor in after.items() if name not in before}
-    assert all(name.startswith("condenser.") for name in own)
-    assert sum(tensor.numel() for tensor in own.values()) == record["trainable_parameters"]
-    assert [*record["budgets"]["best"]["test"]] == ["fused", "bank", "adapted"]
+def test_the_second_stage_trains_the_condenser_alone_and_keeps_all_weights(
+    aligned: Path, condensed: Path, readouts: dict
+) -> None:
+    record, before, after = read(condensed), load_file(aligned / WEIGHTS), load_file(condensed / WEIGHTS)
+    assert all(torch.equal(after.pop(f"method.{name}"), tensor) for name, tensor in before.items())
+    of_bank = [after.pop(name) for name in [*after] if name.startswith("bank.")]
+    assert of_bank
+    assert all(name.startswith("condenser.") for name in after)
+    assert sum(tensor.numel() for tensor in after.values()) == record["trainable_parameters"]
+    assert [*record["budgets"]["best"]["test"]] == [*readouts]
     assert record["budgets"]["best"]["gap"]["relative_modality_gap"].keys() == {"cls", "pred", "true", "vac"}
 
 
-def scores_of(sac: SAC, dataset: CompositionDataset, world: str) -> tuple:
-    space = dataset.space if world == "closed" else dataset.space.open_world()
-    texts = sac.texts(space)
-    loader = eval_loader(dataset.images("test", sac.encoder.transform()), SACOptions())
-    scores = torch.cat([sac(images, texts).scores for images, _ in loader])
-    target = space.index(dataset.space.pairs[dataset.images("test").columns])
-    mask = dataset.eval_mask("test") if world == "closed" else None
-    return scores, target, *space.pairs.unbind(1), space.seen_mask, mask
-
-
+@pytest.mark.parametrize(("stage", "readout"), [("aligned", "alone"), ("condensed", "bank")])
 @torch.no_grad()
-def test_loaded_models_give_the_recorded_numbers(aligned: Path, condensed: Path, dataset: CompositionDataset) -> None:
-    for folder, world, readout in (
-        (aligned, "closed", "aligned"),
-        (aligned, "open", "aligned"),
-        (condensed, "closed", "bank"),
-        (condensed, "open", "bank"),  # the pairs of this data set are all there are
-    ):
-        result = czsl_scores(*scores_of(load_run(folder), dataset, world))
-        recorded = json.loads((folder / RECORD).read_text())["budgets"]["best"]["test"][readout][world]["standard"]
-        for name in ("auc", "seen", "unseen", "attr_accuracy", "obj_accuracy"):
-            assert getattr(result, name) == pytest.approx(recorded[name], abs=1e-6), (world, readout, name)
+def test_a_loaded_model_gives_the_recorded_numbers(
+    stage: str, readout: str, dataset: CompositionDataset, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(stage)
+    model = load_model(folder)
+    images = [image for image, _ in dataset.images("test", model.encoder.transform())]
+    scores = model.scores(torch.stack(images), dataset.space.pairs)
+    recorded = read(folder)["budgets"]["best"]["test"][readout]
+    assert_same_numbers(recorded["closed"]["standard"], reference_result(scores, dataset))
+    of_card = read(folder, CONFIG)["record"]["test"]  # of all ways to score it, the one that is its own
+    assert of_card == numbers_of(recorded)
 
 
 def test_training_changes_what_trains_and_nothing_else(aligned: Path, dataset: CompositionDataset) -> None:
-    record = json.loads((aligned / RECORD).read_text())
-    trained = load_run(aligned)
-    fresh = build_sac("tiny", dataset.space, SACOptions(**record["options"]))
+    trained = load_model(aligned)
+    torch.manual_seed(1)
+    fresh = build(trained.recipe, dataset.space)
     for (name, before), after in zip(fresh.named_parameters(), trained.parameters()):
         assert torch.equal(before, after) != before.requires_grad, name
 
 
-def test_the_same_seed_gives_the_same_bits(
-    aligned: Path, tmp_path: Path, dataset: CompositionDataset, options: SACOptions, flags: dict
-) -> None:
+def test_the_same_seed_gives_the_same_bits(aligned: Path, tmp_path: Path, train) -> None:
     torch.rand(7)
-    train_model(tmp_path / "again", dataset, options, ALIGNED, extra_epochs=1, trainer=flags)
-    assert (tmp_path / "again" / RECORD).read_bytes() == (aligned / RECORD).read_bytes()
-    other = train_model(tmp_path / "other", dataset, options, ALIGNED, seed=1, trainer=flags)
-    first, second = load_file(aligned / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
-    third = load_file(tmp_path / "other" / WEIGHTS)
-    assert other["seed"] == 1
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not any(torch.equal(first[name], third[name]) for name in first)
+    train(tmp_path / "again", extra_epochs=1)
+    for name in KEPT:
+        assert (tmp_path / "again" / name).read_bytes() == (aligned / name).read_bytes()
+    assert train(tmp_path / "other", seed=1)["seed"] == 1
+    first, other = (load_file(folder / WEIGHTS) for folder in (aligned, tmp_path / "other"))
+    assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_a_longer_budget_does_not_change_the_shorter_one(
-    aligned: Path, tmp_path: Path, dataset: CompositionDataset, options: SACOptions, flags: dict
+    aligned: Path, tmp_path: Path, train, options: Options
 ) -> None:
-    alone = train_model(tmp_path / "alone", dataset, options, ALIGNED, trainer=flags)
-    assert [*alone["budgets"]] == ["best"]
-    assert alone["budgets"]["best"] == json.loads((aligned / RECORD).read_text())["budgets"]["best"]
+    budgets = read(aligned)["budgets"]
+    assert train(tmp_path / "alone")["budgets"] == {"best": budgets["best"]}
     longer = dataclasses.replace(options, epochs=options.epochs + 1)
-    whole = train_model(tmp_path / "whole", dataset, longer, ALIGNED, trainer=flags)
-    assert whole["budgets"]["best"] == json.loads((aligned / RECORD).read_text())["budgets"]["longer"]
+    assert train(tmp_path / "whole", options=longer)["budgets"]["best"] == budgets["longer"]
 
 
 def cut_short(monkeypatch: pytest.MonkeyPatch, after: int) -> list[int]:
     """Interrupt training at a step; the list counts steps."""
     step, calls = Stage.training_step, [0]
 
-    def interrupted(self: Stage, batch):
+    def interrupted(self: Stage, *batch):
         calls[0] += 1
         if calls[0] == after:
             raise KeyboardInterrupt
-        return step(self, batch)
+        return step(self, *batch)
 
     monkeypatch.setattr(Stage, "training_step", interrupted)
     return calls
 
 
-def test_the_first_stage_resumes_to_the_same_numbers(
-    aligned: Path,
-    tmp_path: Path,
-    dataset: CompositionDataset,
-    options: SACOptions,
-    flags: dict,
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_first_stage_resumes_to_the_same_numbers_also_elsewhere(
+    aligned: Path, tmp_path: Path, train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = cut_short(monkeypatch, 4)  # the second of two batches of the second epoch
-    folder = tmp_path / "cut"
+    calls = cut_short(monkeypatch, 6)  # the second of two batches of the third epoch
     with pytest.raises(KeyboardInterrupt):
-        train_model(folder, dataset, options, ALIGNED, extra_epochs=1, trainer=flags)
-    assert not (folder / RECORD).exists()
-    assert not (folder / WEIGHTS).exists()
-    train_model(folder, dataset, options, ALIGNED, extra_epochs=1, trainer=flags)
-    assert calls == [8]  # one epoch of three was run again, not two
-    assert (folder / RECORD).read_bytes() == (aligned / RECORD).read_bytes()
+        train(tmp_path / "here", extra_epochs=1)
+    folder = (tmp_path / "here").rename(tmp_path / "there")
+    assert not any((folder / name).exists() for name in KEPT)
+    train(folder, extra_epochs=1)
+    assert calls == [8]  # one epoch of three was run again
+    for name in KEPT:
+        assert (folder / name).read_bytes() == (aligned / name).read_bytes()
     ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (folder, aligned)]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
     assert len(list(folder.glob("logs/*"))) == 2  # what the first attempt logged is kept
 
 
 def test_the_second_stage_and_the_tests_resume_to_the_same_numbers(
-    aligned: Path,
-    condensed: Path,
-    tmp_path: Path,
-    dataset: CompositionDataset,
-    options: SACOptions,
-    flags: dict,
-    monkeypatch: pytest.MonkeyPatch,
+    aligned: Path, condensed: Path, tmp_path: Path, train, readouts: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run() -> None:
-        readouts = readouts_of(options, "condense")
-        train_model(tmp_path / "cut", dataset, options, readouts, stage="condense", base=aligned, trainer=flags)
-
     calls = cut_short(monkeypatch, 3)
+    arguments = {"readouts": readouts, "condenser": True, "base": aligned}
     with pytest.raises(KeyboardInterrupt):
-        run()
+        train(tmp_path, **arguments)
     with monkeypatch.context() as patch:
         patch.setattr(Evaluation, "_predict", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            run()
-    assert not (tmp_path / "cut" / RECORD).exists()
+            train(tmp_path, **arguments)
+    assert not (tmp_path / RECORD).exists()
     assert calls == [5]
-    run()
+    train(tmp_path, **arguments)
     assert calls == [5]
-    assert (tmp_path / "cut" / RECORD).read_bytes() == (condensed / RECORD).read_bytes()
-    assert (tmp_path / "cut" / BANK).read_bytes() == (condensed / BANK).read_bytes()
+    for name in KEPT:
+        assert (tmp_path / name).read_bytes() == (condensed / name).read_bytes()
 
 
-def test_a_finished_run_is_not_repeated(
-    aligned: Path, dataset: CompositionDataset, options: SACOptions, monkeypatch: pytest.MonkeyPatch
+def test_batch_norm_and_dropout_resume_to_the_same_numbers(
+    tmp_path: Path, train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    troika = Options(epochs=2, batch_size=48, model={"adapter_dim": 4, "dropout": 0.2, "layers": 1})
+    whole = train(tmp_path / "whole", method="troika", options=troika)
+    calls = cut_short(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", method="troika", options=troika)
+    assert train(tmp_path / "parts", method="troika", options=troika) == whole
+    assert calls == [6]
+    weights = [load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts")]
+    assert any("running_mean" in name for name in weights[0])
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_finished_training_is_not_repeated_and_stays_one_of_its_settings(
+    aligned: Path, train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Stage, "training_step", None)
-    assert train_model(aligned, dataset, options, ALIGNED) == json.loads((aligned / RECORD).read_text())
+    assert train(aligned) == read(aligned)
+    with pytest.raises(ValueError, match=r"expected `folder` to be new or of the same seed, got .* with 0"):
+        train(aligned, seed=1)
+
+
+def test_ways_to_score_that_a_finished_model_lacks_are_added(
+    aligned: Path, tmp_path: Path, train, readouts: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the bank, whose numbers are then those of the model."""
+    fused = {"fused": readouts["fused"]}
+    before = train(tmp_path, readouts=fused, condenser=True, base=aligned)
+    assert load_model(tmp_path).bank is None
+    monkeypatch.setattr(Stage, "training_step", None)
+    more = {**fused, "bank": readouts["bank"], "two slots": Readout(0.5, 0.5, BankPlan(2))}
+    after = train(tmp_path, readouts=more, condenser=True, base=aligned)
+    assert after == read(tmp_path)
+    tests = after["budgets"]["best"].pop("test")
+    assert tests.pop("fused") == before["budgets"]["best"].pop("test")["fused"]
+    assert tests.keys() == {"bank", "two slots"}
+    assert after == before
+    assert load_model(tmp_path).bank.slots == 3
+    assert read(tmp_path, CONFIG)["record"]["test"] == numbers_of(tests["bank"])
 
 
 def test_the_best_epoch_of_each_budget_is_kept(
-    tmp_path: Path, dataset: CompositionDataset, options: SACOptions, flags: dict, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, train, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    aucs = iter([0.2, 0.7, 0.4, 0.6, 0.9, 0.8])
-    log = Stage.log
-    monkeypatch.setattr(
-        Stage,
-        "log",
-        lambda self, name, value, **kwargs: log(self, name, next(aucs) if name == "val/auc" else value, **kwargs),
-    )
-    longer = dataclasses.replace(options, epochs=3)
-    record = train_model(tmp_path / "best", dataset, longer, ALIGNED, extra_epochs=3, trainer=flags)
-    found = {name: (part["best_epoch"], part["validation_auc"]) for name, part in record["budgets"].items()}
-    assert found == {"best": (2, pytest.approx(0.7)), "longer": (5, pytest.approx(0.9))}
-
-
-def test_an_unfinished_folder_can_be_moved(
-    aligned: Path,
-    tmp_path: Path,
-    dataset: CompositionDataset,
-    options: SACOptions,
-    flags: dict,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cut_short(monkeypatch, 5)  # the first step of the third epoch
-    with pytest.raises(KeyboardInterrupt):
-        train_model(tmp_path / "here", dataset, options, ALIGNED, extra_epochs=1, trainer=flags)
-    (tmp_path / "here").rename(tmp_path / "there")
-    train_model(tmp_path / "there", dataset, options, ALIGNED, extra_epochs=1, trainer=flags)
-    assert (tmp_path / "there" / RECORD).read_bytes() == (aligned / RECORD).read_bytes()
+    found = iter([0.2, 0.7, 0.4, 0.6, 0.9, 0.8])
+    monkeypatch.setattr(Stage, "_selected", lambda self, auc: next(found))
+    record = train(tmp_path, options=dataclasses.replace(options, epochs=3), readouts={}, extra_epochs=3)
+    chosen = {name: (part["best_epoch"], part["selected"]) for name, part in record["budgets"].items()}
+    assert chosen == {"best": (2, pytest.approx(0.7)), "longer": (5, pytest.approx(0.9))}
+    assert [budget["test"] for budget in record["budgets"].values()] == [{}, {}]  # no way to score it, no test
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("stage", ["condense", "joint"])
+@pytest.mark.parametrize("joint", [False, True])
 def test_bf16_runs_by_lightnings_flag(
-    aligned: Path,
-    tmp_path: Path,
-    dataset: CompositionDataset,
-    options: SACOptions,
-    flags: dict,
-    stage: str,
-    precision: str,
+    aligned: Path, tmp_path: Path, train, options: Options, readouts: dict, flags: dict, joint: bool, precision: str
 ) -> None:
-    short = dataclasses.replace(options, epochs=1, condense_epochs=1)
-    record = train_model(
-        tmp_path / "half",
-        dataset,
-        short,
-        readouts_of(short, stage),
-        stage=stage,
-        base=aligned if stage == "condense" else None,
-        trainer={**flags, "precision": precision},
+    short = dataclasses.replace(options, epochs=1, condense_epochs=1, batch_size=8, joint=joint)
+    arguments = {"condenser": True, "base": None if joint else aligned}
+    few = {"limit_train_batches": 1, "limit_test_batches": 2}  # a CPU is slow at it
+    record = train(
+        tmp_path, options=short, readouts=readouts, trainer={**flags, **few, "precision": precision}, **arguments
     )
-    for readout in ("fused", "bank", "adapted"):
-        assert 0 <= record["budgets"]["best"]["test"][readout]["open"]["exact"]["auc"] <= 1
+    for result in record["budgets"]["best"]["test"].values():
+        assert all(0 <= result["open"]["exact"][name] <= 1 for name in NUMBERS)
 
 
-def test_joint_training_trains_everything(
-    tmp_path: Path, dataset: CompositionDataset, options: SACOptions, flags: dict
-) -> None:
-    short = dataclasses.replace(options, epochs=1, condense_epochs=1)
-    folder = tmp_path / "joint"
-    record = train_model(folder, dataset, short, {"fused": Readout(0.5)}, stage="joint", trainer=flags)
-    weights = load_file(folder / WEIGHTS)
+def test_joint_training_trains_everything(tmp_path: Path, train, options: Options, dataset: CompositionDataset) -> None:
+    joint = dataclasses.replace(options, epochs=1, condense_epochs=1, joint=True)
+    record = train(tmp_path, options=joint, readouts={"fused": Readout(0.5)}, condenser=True)
+    weights = load_file(tmp_path / WEIGHTS)
     assert record["trainable_parameters"] == sum(tensor.numel() for tensor in weights.values())
     torch.manual_seed(0)
-    fresh = build_sac("tiny", dataset.space, short, condenser=True)
+    fresh = build(from_plain(Recipe, record["recipe"], "recipe"), dataset.space)
     changed = {name for name in weights if not torch.equal(weights[name], fresh.get_parameter(name))}
-    assert {"prompts.primitives", "condenser.query"} <= changed
+    assert {"method.prompts.primitives", "condenser.query"} <= changed
 
 
 def test_scoring_anew_writes_nothing_and_gives_the_recorded_numbers(
-    condensed: Path, dataset: CompositionDataset, options: SACOptions, flags: dict
+    condensed: Path, dataset: CompositionDataset, readouts: dict, flags: dict
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in condensed.rglob("*")}
-    evaluation = evaluate_model(condensed, dataset, readouts_of(options, "condense"), trainer=flags)
+    evaluation = evaluate_model(condensed, dataset, readouts, trainer=flags)
     assert {path: path.stat().st_mtime_ns for path in condensed.rglob("*")} == before
-    recorded = json.loads((condensed / RECORD).read_text())["budgets"]["best"]["test"]
+    recorded = read(condensed)["budgets"]["best"]["test"]
     for name, by_world in evaluation.results.items():
         for world, result in by_world.items():
             assert result["exact"].auc == recorded[name][world]["exact"]["auc"]
 
 
-def test_weights_of_another_model_are_refused(aligned: Path, tmp_path: Path) -> None:
-    weights = load_file(aligned / WEIGHTS)
-    for name in (RECORD, WEIGHTS):
-        (tmp_path / name).write_bytes((aligned / name).read_bytes())
-    save_file({**weights, "prompts.primitives": weights["prompts.primitives"][1:]}, tmp_path / WEIGHTS)
-    with pytest.raises(ValueError, match=r"expected weights of this model in .*other names.*: prompts\.primitives$"):
-        load_run(tmp_path)
-    (tmp_path / WEIGHTS).write_bytes((aligned / WEIGHTS).read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"expected tensors of a run in .*, got a damaged file"):
-        load_run(tmp_path)
-    save_file({name: tensor for name, tensor in weights.items() if "context" not in name}, tmp_path / WEIGHTS)
-    with pytest.raises(ValueError, match=r"prompts\.attribute_context, prompts\.object_context, prompts\.pair_context"):
-        load_run(tmp_path)
+def test_a_base_of_another_model_is_refused(aligned: Path, tmp_path: Path, train) -> None:
+    base = Path(shutil.copytree(aligned, tmp_path / "base"))
+    save_file({**load_file(base / WEIGHTS), "other": torch.zeros(1)}, base / WEIGHTS)
+    with pytest.raises(ValueError, match=r"expected weights of this model in .*, got other names or shapes: other$"):
+        train(tmp_path / "next", condenser=True, base=base)
+    (base / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"expected tensors of a model in .*, got no such file"):
+        train(tmp_path / "next", condenser=True, base=base)
+    assert not (tmp_path / "next").exists()
 
 
 def test_checkpoints_hold_trainable_parameters_only(aligned: Path, condensed: Path) -> None:
-    for folder in (aligned, condensed):
+    for folder, first in ((aligned, ""), (condensed, "condenser.")):
         state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        trained = {name for name in load_file(folder / WEIGHTS) if folder == aligned or name.startswith("condenser")}
-        assert {name.removeprefix("sac.") for name in state} == trained
+        trained = {name for name in load_file(folder / WEIGHTS) if name.startswith(first)}
+        assert {name.removeprefix("model.") for name in state} == trained

@@ -1,0 +1,155 @@
+"""A folder is claimed by one command: all is tried before anything is written, and other settings are refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from czsl_heads.data import DataError
+from czsl_heads.models.saved import CONFIG
+from czsl_heads.training import folder
+from czsl_heads.training.config import configure, configure_model
+from czsl_heads.training.folder import open_folder
+
+SPLIT, METADATA = "compositional-split-natural", "metadata_compositional-split-natural.t7"
+
+
+@pytest.fixture
+def data(shapes_root: Path, tmp_path: Path) -> Path:
+    """A copy of the data set that a test may spoil."""
+    return Path(shutil.copytree(shapes_root, tmp_path / "data"))
+
+
+def lines(data: Path, name: str) -> list[str]:
+    return (data / SPLIT / f"{name}_pairs.txt").read_text().split("\n")
+
+
+def keep(data: Path, wanted: Callable[[dict], bool]) -> None:
+    """Leave out images."""
+    rows = torch.load(data / METADATA, weights_only=True)
+    torch.save([row for row in rows if wanted(row)], data / METADATA)
+
+
+def modified(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("csp", {}, "whose method is 'sac' instead of 'csp'"),
+        ("sac", {"options": {"learning_rate": 0.5}}, r"whose options\.learning_rate is 0\.0001 instead of 0\.5"),
+        ("sac", {"options": {"model.context": "the"}}, r"whose options\.model\.context is None instead of 'the'"),
+        ("sac", {"by": configure_model}, "whose align is None instead of 'max'"),
+        ("sac", {"table": "alignment"}, "whose table is 'steps' instead of 'alignment'"),
+    ],
+)
+def test_a_folder_of_other_settings_is_refused(
+    small_ablation: Path, configured, method: str, arguments: dict, message: str
+) -> None:
+    before = modified(small_ablation)
+    with pytest.raises(ValueError, match=f"expected `out` to be new or of the same settings, got .*, {message}"):
+        open_folder(small_ablation, configured(method, **arguments))
+    assert modified(small_ablation) == before
+
+
+def test_data_that_was_moved_is_taken_up_and_other_data_is_refused(configured, data: Path, tmp_path: Path) -> None:
+    out, by = tmp_path / "out", {"method": "clip", "by": configure_model}
+    open_folder(out, configured(**by, data=str(data)))
+    moved = data.rename(tmp_path / "elsewhere")
+    assert open_folder(out, configured(**by, data=str(moved))).root == moved
+    assert json.loads((out / CONFIG).read_text())["data"] == str(moved)
+
+    dropped = lines(moved, "test")[0]
+    (moved / SPLIT / "test_pairs.txt").write_text("\n".join(lines(moved, "test")[1:]))
+    keep(moved, lambda row: row["set"] != "test" or f"{row['attr']} {row['obj']}" != dropped)
+    with pytest.raises(ValueError, match="whose data_digest is"):
+        open_folder(out, configured(**by, data=str(moved)))
+
+
+@pytest.mark.parametrize("word", ["seen", "unseen"])
+def test_validation_without_one_sort_is_refused(configured, data: Path, tmp_path: Path, word: str) -> None:
+    train = set(lines(data, "train"))
+    keep(data, lambda row: row["set"] != "val" or (f"{row['attr']} {row['obj']}" in train) != (word == "seen"))
+    message = rf"expected validation images of seen and of unseen pairs.*got none of {word} pairs"
+    with pytest.raises(DataError, match=message):
+        open_folder(tmp_path / "out", configured(data=str(data)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_image_is_found_before_anything_is_written(configured, data: Path, tmp_path: Path) -> None:
+    image = sorted((data / "images").rglob("test_*.png"))[3]
+    image.write_bytes(image.read_bytes()[:200])
+    with pytest.raises(DataError, match=rf"{image.name}: expected a whole image"):
+        open_folder(tmp_path / "out", configured("clip", by=configure_model, data=str(data)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "devices", "options", "refused"),
+    [
+        (12, 2, {"batch_size": 5}, True),  # one is left of the six of each device
+        (12, 1, {"batch_size": 11}, True),
+        (12, 1, {"batch_size": 1}, True),
+        (12, 1, {"batch_size": 12, "micro_batch": 11}, True),
+        (13, 1, {"batch_size": 7, "micro_batch": 5}, True),  # one is left of the last batch of six
+        (11, 2, {"batch_size": 5}, False),
+        (12, 2, {"batch_size": 100}, False),
+        (12, 1, {"batch_size": 7, "micro_batch": 5}, False),
+        (11, 1, {"batch_size": 5, "epochs": 0}, False),
+    ],
+)
+def test_batch_norm_never_sees_one_image_by_itself(
+    configured, data: Path, tmp_path: Path, monkeypatch, images: int, devices: int, options: dict, refused: bool
+) -> None:
+    monkeypatch.setattr(folder, "check_trainer", lambda flags: devices)
+    rows = torch.load(data / METADATA, weights_only=True)
+    few = [row["image"] for row in rows if row["set"] == "train"][:images]
+    keep(data, lambda row: row["set"] != "train" or row["image"] in few)
+    arguments = {"by": configure_model, "data": str(data), "options": options}
+    out = tmp_path / "out"
+    open_folder(out / "csp", configured("csp", **arguments))  # has no batch norm
+    if not refused:
+        open_folder(out / "troika", configured("troika", **arguments))
+        return
+    message = rf"that leave no batch of one of {images // devices} images, for batch norm, got {options['batch_size']}"
+    with pytest.raises(ValueError, match=message):
+        open_folder(out / "troika", configured("troika", **arguments))
+    assert not (out / "troika").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"encoder": "ViT-Z"}, "expected `model_or_name`"),
+        ({"reductions": True, "options": {"head.topk": 50}}, r"expected `k` to be in \[1, 37\], got 50"),
+        ({"method": "csp", "options": {"head.topk": 99}}, "expected `k` to be"),
+        ({"options": {"lora.layers": 40}}, "expected `layers`"),
+        ({"options": {"lora.matrices": ["z"]}}, "expected `matrices`"),
+        ({"method": "troika", "options": {"model.layers": -1}}, "expected `layers` to be"),
+        ({"method": "clip", "options": {"epochs": 1}}, r"expected `options\.epochs` to be 0 for clip, which learns"),
+        ({"method": "clip", "options": {"checkpoint": True}}, "expected `checkpoint` to be false for clip"),
+        ({"trainer": {"foo": 3}}, "expected `trainer` to hold flags that lightning.Trainer takes"),
+        ({"trainer": {"accelerator": "nope"}}, "expected `trainer` to hold flags that lightning.Trainer takes"),
+    ],
+)
+def test_settings_are_tried_before_anything_is_written(shapes_root: Path, tmp_path: Path, arguments, message) -> None:
+    for data in ("shapes", str(shapes_root)):
+        with pytest.raises((ValueError, TypeError), match=message):
+            open_folder(tmp_path / "out", configure(data=data, preset="shapes", **arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_had_is_named(configured, tmp_path: Path) -> None:
+    config = configured("clip", by=configure_model)
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="expected `out` to be a new or empty folder"):
+        open_folder(tmp_path, config)
+    with pytest.raises(OSError, match=r"expected `out` to be a folder that can be written, got .*mine\.txt/out"):
+        open_folder(tmp_path / "mine.txt" / "out", config)
+    with pytest.raises(DataError, match="expected the folder of a data set, got nothing"):
+        open_folder(tmp_path / "out", configured("clip", data=str(tmp_path / "absent")))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
