@@ -44,7 +44,8 @@ class Options:
         batch_size: Images in a batch (on each device).
         micro_batch: Images at once in a training step; None: ``batch_size``. Texts are encoded once for each step and
             run backward once, images a few at a time: less memory, the same gradients. What is drawn at random for
-            images (dropout, dropped patches) is drawn part by part, and so differs from what is drawn for the whole.
+            images (dropout, dropped patches) is drawn part by part, and so differs from what is drawn for the whole;
+            batch norm (Troika's) sees each part by itself.
         accumulate: Batches in a step of the optimiser.
         incomplete_group: What an epoch's last step weighs, which may have fewer batches: ``"mean"`` of their losses, or
             ``"full"``, their sum divided by ``accumulate``, as CSP's loop.
