@@ -333,7 +333,7 @@ class Troika(Method):
     def _as_long_as_cls(tokens: Tensor, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Vectors ``[batch, 1, dim]`` of the length of [CLS], at which the disentanglers know what they see."""
         length = tokens[:, :1].norm(dim=-1, keepdim=True)
-        return [length * F.normalize(vector, dim=-1)[:, None] for vector in vectors]
+        return [length * F.normalize(vector, dim=-1)[:, None].to(tokens.dtype) for vector in vectors]
 
     def fuse(self, logits: Logits, pairs: Tensor) -> Tensor:
         """One score a pair from the logits of all branches: :math:`w_p p(a, o) + w_a p(a) \\, w_o p(o)`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,3 +53,17 @@ def read_json(path: Path) -> Any:
 def plain(content: Any) -> Any:
     """``content`` as a reader of a JSON file finds it: tuples have become lists."""
     return json.loads(json.dumps(content))
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of mappings in mappings by names with dots; an empty mapping has none.
+
+    Example:
+        >>> flatten({"bank": {"slots": 2}, "epochs": 3})
+        {'bank.slots': 2, 'epochs': 3}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        more = flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        flat |= more
+    return flat

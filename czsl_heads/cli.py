@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -103,8 +104,8 @@ def evaluate(
     data: Path | None = None,
     split: Literal["train", "val", "test"] = "test",
     world: Literal["closed", "open"] = "closed",
-    feasibility: str = "encoder",
-    masking: Literal["clean", "official"] = "clean",
+    feasibility: str | None = None,
+    masking: Literal["clean", "official"] | None = None,
     rows: list[str] | None = None,
     out: Path | None = None,
     trainer: dict[str, Any] | None = None,
@@ -117,11 +118,12 @@ def evaluate(
             its training images.
         split: The split to score.
         world: "open" also masks the open world's scores by feasibility, at a threshold searched on validation images.
-        feasibility: With --world open: "encoder", a .pt file of the field, or word vectors as text.
-        masking: With --world open: "clean" or "official".
-        rows: Rows of the table to score, such as [max, bank]; default: all.
+        feasibility: With --world open: "encoder", a .pt file of the field, or word vectors as text; default: that of
+            the folder, else "encoder".
+        masking: With --world open: "clean" or "official"; default: that of the folder, else "clean".
+        rows: Rows of the table to score, such as [max, bank]; default: all whose models are kept.
         out: File for the results as JSON; default: they are printed only.
-        trainer: Flags of Lightning's Trainer; default: those of the folder.
+        trainer: Flags of Lightning's Trainer; default: those of the folder, on one device.
 
     Returns:
         0.
@@ -129,9 +131,12 @@ def evaluate(
     from czsl_heads._files import write_json
     from czsl_heads.report.table import print_results
     from czsl_heads.training.finished import evaluate as score_again
+    from czsl_heads.training.trainer import is_main_process
 
     masked: dict[str, Any] = {"world": world, "feasibility": feasibility, "masking": masking}
     results = score_again(run, data=data, split=split, rows=rows, trainer=trainer, **masked)
+    if not is_main_process():
+        return 0
     print_results(results)
     if out is not None:
         with _writable("out", out):
@@ -153,7 +158,8 @@ def tune(run: Path, data: Path | None = None, seed: int | None = None) -> int:
     Returns:
         0.
     """
-    from czsl_heads.training.finished import dataset_of
+    from czsl_heads.training.finished import dataset_of, one_device
+    from czsl_heads.training.trainer import is_main_process
     from czsl_heads.training.tune import TUNED
     from czsl_heads.training.tune import tune as tune_weights
 
@@ -163,7 +169,9 @@ def tune(run: Path, data: Path | None = None, seed: int | None = None) -> int:
     if model is None:
         raise ValueError(f"expected `run` with a memory bank (--add vac --add bank), got {run}, which has none")
     seeds = config["seeds"] if seed is None else [seed]
-    found = tune_weights(run, dataset_of(run, config, data), model, seeds, config["trainer"])
+    found = tune_weights(run, dataset_of(run, config, data), model, seeds, one_device(config["trainer"]))
+    if not is_main_process():
+        return 0
     for name in ("used", "best"):
         point = found[name]
         print(f"{name}: beta {point['beta']}, gamma {point['gamma']}, validation AUC {100 * point['auc']:.2f} %")
@@ -281,21 +289,15 @@ def _model(run: Path, seed: int | None = None, row: str | None = None) -> Method
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class _writable:  # noqa: N801 (used as a function)
-    """Says which argument names a place that cannot be written."""
-
-    def __init__(self, argument: str, path: Path, kind: str = "folder") -> None:
-        self.argument, self.path, self.kind = argument, path, kind
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, OSError):
-            raise OSError(
-                f"expected `{self.argument}` to be a {self.kind} that can be written, got {self.path} "
-                f"({error.strerror})"
-            ) from error
+@contextmanager
+def _writable(argument: str, path: Path, kind: str = "folder") -> Iterator[None]:
+    """Say which argument names a place that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"expected `{argument}` to be a {kind} that can be written, got {path} ({error.strerror})"
+        ) from error
 
 
 def _map_paths(images: list[Path], out: Path) -> list[Path]:

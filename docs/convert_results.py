@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from czsl_heads._files import write_json
-from czsl_heads.training.ablate import SCHEMA, compared
+from czsl_heads.models.saved import SCHEMA
+from czsl_heads.training.ablate import compared
 from czsl_heads.training.options import nest
 from czsl_heads.training.rows import TABLES
 
@@ -69,7 +70,7 @@ def _row(row: dict[str, Any]) -> dict[str, Any]:
         "transductive": known.transductive,
         "model": known.model.folder if folder is None else FOLDERS.get(folder, folder),
         "budget": known.budget,
-        "readout": {"name": key, "bank": None if plan is None else plan._asdict()},
+        "readout": {"name": key, "bank": None if plan is None else plan._asdict(), "probabilities": key == "probs"},
         "trainable_parameters": row["trainable_parameters"],
         "summary": summary,
         "gap": row.get("gap", {}),

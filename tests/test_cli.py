@@ -20,7 +20,7 @@ from czsl_heads import cli
 from czsl_heads.cli import main, predict
 from czsl_heads.data import layout
 from czsl_heads.models.recipe import new_bank
-from czsl_heads.models.saved import load_model, save_model
+from czsl_heads.models.saved import SCHEMA, load_model, save_model
 from czsl_heads.training.config import configure_model
 
 pytestmark = pytest.mark.engine
@@ -260,8 +260,32 @@ def test_an_evaluation_gives_the_numbers_of_the_training(
     assert "Closed world, test, % (seed 0)" in capsys.readouterr().out
     kept = json.loads((trained / "results.json").read_text(encoding="utf-8"))["rows"][0]
     again = json.loads(found.read_text(encoding="utf-8"))["rows"][0]
-    assert again["summary"] == kept["summary"]
-    assert again["gap"] == kept["gap"]
+    assert again == kept
+
+
+@pytest.mark.parametrize("command", ["evaluate", "tune"])
+def test_an_evaluation_and_tuned_weights_are_told_by_one_process(
+    trained: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run, found = tmp_path / "run", tmp_path / "found.json"
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("checkpoints", "logs", "tensorboard"))
+    path = run / "results.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    results["config"]["trainer"]["strategy"] = "nope"  # of the training: scoring takes one device
+    path.write_text(json.dumps(results), encoding="utf-8")
+    for module in ("trainer", "tune"):
+        monkeypatch.setattr(f"czsl_heads.training.{module}.is_main_process", lambda: False)
+    more = ["--out", str(found)] if command == "evaluate" else []
+    assert main([command, str(run), *more]) == 0
+    assert capsys.readouterr().out == ""
+    assert not found.exists()
+    assert not (run / "tune.json").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "tune", "report"])
+def test_the_folder_of_one_model_is_told_from_an_unfinished_one(trained: Path, command: str, capsys) -> None:
+    assert main([command, str(trained / "seed0" / "vac")]) == 1
+    assert "which holds one saved model; czsl predict takes it" in capsys.readouterr().err
 
 
 def test_an_evaluation_takes_another_split_other_data_and_the_open_world(
@@ -291,6 +315,24 @@ def test_words_that_a_model_does_not_know_are_named(trained: Path, shapes_root: 
     assert "expected attributes that the model knows, got 'crimson'" in capsys.readouterr().err
     assert main(["evaluate", str(trained), "--rows=[best]"]) == 1
     assert "expected `rows` to be one of model, got 'best'" in capsys.readouterr().err
+
+
+def test_the_open_world_is_masked_pictured_and_taken_up_again(shapes_root: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    command = ["ablate", "--method=clip", f"--data={shapes_root}", "--world=open", f"--out={out}"]
+    flags = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    assert main([*command, *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "AUC exact, feasible" in shown
+    assert "wrote results.json, ablation.md, feasibility.png and curves.png" in shown
+    with Image.open(out / "feasibility.png") as picture:
+        assert picture.size > (800, 300)
+    results = (out / "results.json").read_text(encoding="utf-8")
+    assert "Nothing is trained" in (out / "ablation.md").read_text(encoding="utf-8")
+    assert main([*command, *flags]) == 0
+    assert (out / "results.json").read_text(encoding="utf-8") == results
+    assert main([*command[:-2], f"--out={out}", *flags]) == 1
+    assert "whose world is 'open' instead of 'closed'" in capsys.readouterr().err
 
 
 def test_weights_are_tuned_for_any_method_with_a_bank(trained: Path, tmp_path: Path, capsys) -> None:
@@ -399,7 +441,7 @@ def test_options_of_parts_are_read_from_flags_and_files(tmp_path: Path, monkeypa
         (lambda run: (run / "config.json").unlink(), "which has no config.json"),
         (
             lambda run: (run / "results.json").write_text('{"rows": []}'),
-            "of this version of czsl, got one without config",
+            f"results.json of schema {SCHEMA}, got schema None",
         ),
         (lambda run: shutil.rmtree(run / "seed0" / "vac"), "expected a trained model in"),
         (lambda run: (run / "seed0" / "vac" / "model.safetensors").unlink(), "model.safetensors"),

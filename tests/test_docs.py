@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from czsl_heads._files import flatten
 from czsl_heads._numbers import percent
-from czsl_heads.report.table import flat_options, results_markdown
-from czsl_heads.training.ablate import SCHEMA, compared
+from czsl_heads.models.saved import SCHEMA
+from czsl_heads.report.table import results_markdown
+from czsl_heads.training.ablate import compared
 from czsl_heads.training.finished import config_of
 from czsl_heads.training.options import Options
 from czsl_heads.training.rows import TABLES
@@ -90,7 +92,7 @@ def test_the_tables_of_results_are_made_from_the_committed_numbers() -> None:
 
 def test_every_option_of_training_is_on_its_page() -> None:
     page = (ROOT / "docs" / "ablation.md").read_text()
-    for name in flat_options(Options().as_dict()):
+    for name in flatten(Options().as_dict()):
         assert f"`{name}`" in page, name
 
 

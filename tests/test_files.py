@@ -60,7 +60,13 @@ def text_calls_without_encoding(source: str) -> list[int]:
         owner = getattr(getattr(node.func, "value", None), "id", "")
         binary = any(isinstance(each, ast.Constant) and "b" in str(each.value) for each in node.args[:2])
         ours = isinstance(node.func, ast.Name) and name != "open"  # write_text of _files.py
-        if name in TEXT_CALLS and not ours and owner not in ("Image", "gzip") and not binary and "encoding" not in named:
+        if (
+            name in TEXT_CALLS
+            and not ours
+            and owner not in ("Image", "gzip")
+            and not binary
+            and "encoding" not in named
+        ):
             found.append(node.lineno)
     return found
 

@@ -1,13 +1,15 @@
 """`load` of the folder of a command: the model of a row, and a card that says what that row scored."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from czsl_heads import load
-from czsl_heads._files import read_json
+from czsl_heads._files import read_json, write_json
 from czsl_heads._numbers import percent
+from czsl_heads.models.saved import check_encoder
 
 pytestmark = pytest.mark.engine
 
@@ -56,3 +58,38 @@ def test_what_cannot_be_loaded_is_named(small_ablation: Path, tmp_path: Path) ->
         load(small_ablation / "seed0" / "vac", row="5")
     with pytest.raises(ValueError, match="expected `folder` of a trained model"):
         load(tmp_path)
+
+
+def test_a_row_that_ranks_otherwise_than_its_model_is_refused(small_ablation: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(small_ablation, run, ignore=shutil.ignore_patterns("checkpoints", "logs", "tensorboard"))
+    results = read_json(run / "results.json")
+    results["rows"][0]["readout"]["probabilities"] = True
+    write_json(run / "results.json", results)
+    with pytest.raises(ValueError, match="expected `row` that ranks as its model does, got 1, which ranks by prob"):
+        load(run, row="1")
+
+
+def test_scores_are_of_the_pairs_of_the_bank_in_their_order(small_ablation: Path) -> None:
+    model = load(small_ablation)
+    images, pairs = torch.zeros(1, 3, 48, 48), model.space.pairs
+    with pytest.raises(ValueError, match="expected `pairs` to be those of the bank, in their order, got others"):
+        model.scores(images, pairs.flip(0))
+    assert torch.equal(model.scores(images, pairs.clone()), model.scores(images, pairs))
+
+
+def test_what_was_added_to_the_bank_is_told_by_the_card(small_ablation: Path, tmp_path: Path) -> None:
+    model = load(small_ablation)
+    model.adapt(model(torch.zeros(1, 3, 48, 48), model.space.pairs))
+    model.save_pretrained(tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "Images were added to the memory bank after that." in card
+
+
+def test_a_condenser_is_not_trained_behind_a_method_of_another_clip(small_ablation: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "max"
+    shutil.copytree(small_ablation / "seed0" / "max", folder, ignore=shutil.ignore_patterns("checkpoints", "logs"))
+    content = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**content, "encoder_digest": "0" * 64})
+    with pytest.raises(ValueError, match=r"expected the encoder 'tiny' that .*max was trained on, got one of other"):
+        check_encoder(load(small_ablation), folder)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from czsl_heads.encoders.open_clip import OpenClipEncoder
@@ -27,8 +28,8 @@ def wrap(
     Args:
         model_or_name: An open_clip model, or a module that is an Encoder already; ``"tiny"`` (the embedded one) or
             ``"tiny:DIR"`` (of a pretraining run of :mod:`czsl_heads.training.pretrain_tiny`); open_clip's
-            ``"ARCHITECTURE"`` (random weights) or ``"ARCHITECTURE:TAG"``, such as ``"ViT-L-14:openai"`` (TAG may be the
-            path of a checkpoint); or ``"NAME"`` or ``"NAME:TAG"`` of an encoder that another package brings.
+            ``"ARCHITECTURE"`` (always the same random weights) or ``"ARCHITECTURE:TAG"``, such as ``"ViT-L-14:openai"``
+            (TAG may be the path of a checkpoint); or ``"NAME"`` or ``"NAME:TAG"`` of an encoder of another package.
         frozen: Switch off the gradients of all parameters; ``False`` leaves their flags as they are.
         tokenizer: Strings to token ids, for a model object whose vocabulary is not OpenAI's.
 
@@ -50,9 +51,8 @@ def wrap(
     """
     if isinstance(model_or_name, str):
         name, _, tag = model_or_name.partition(":")
-        brought = {entry.name: entry for entry in entry_points(group=ENCODERS)}
-        if name in brought:
-            return wrap(brought[name].load()(tag), frozen=frozen, tokenizer=tokenizer)
+        if entry := _brought(name):
+            return wrap(entry.load()(tag).eval(), frozen=frozen, tokenizer=tokenizer)
         model, named_tokenizer = _from_name(model_or_name)
         return OpenClipEncoder(model, tokenizer=tokenizer or named_tokenizer, frozen=frozen)
     if not isinstance(model_or_name, nn.Module):
@@ -66,6 +66,19 @@ def wrap(
             f"expected `model_or_name` to be an open_clip CLIP or CustomTextCLIP, got {type(model_or_name).__name__}"
         )
     return OpenClipEncoder(model_or_name, tokenizer=tokenizer, frozen=frozen)
+
+
+def _brought(name: str) -> EntryPoint | None:
+    """The entry point by which another package brings an encoder of that name; None if none does."""
+    found = {entry.value: entry for entry in entry_points(group=ENCODERS) if entry.name == name}
+    if not found:
+        return None
+    import open_clip
+
+    own = ["this package"] if name == "tiny" or name in open_clip.list_models() else []
+    if len(found) + len(own) > 1:
+        raise ValueError(f"expected one package that brings the encoder {name}, got {' and '.join([*own, *found])}")
+    return next(iter(found.values()))
 
 
 def _as_it_is(encoder: Any, frozen: bool, tokenizer: object) -> Any:
@@ -93,5 +106,10 @@ def _from_name(name: str) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
             f"expected `model_or_name` with a tag of {architecture} (one of {known}) or the path of a checkpoint, "
             f"got {name!r}"
         )
-    model = open_clip.create_model(architecture, pretrained=tag or None)
+    if tag:
+        model = open_clip.create_model(architecture, pretrained=tag)
+    else:
+        with torch.random.fork_rng(devices=[]):  # the same random weights each time, or no saved model would fit
+            torch.manual_seed(0)
+            model = open_clip.create_model(architecture, pretrained=None)
     return model.eval(), open_clip.get_tokenizer(architecture)

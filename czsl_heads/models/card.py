@@ -41,7 +41,7 @@ def model_card(model: Method) -> str:
         "## Made of",
         "",
         f"- method: `{recipe.method}`, images compared with texts by `{recipe.align}`",
-        f"- encoder: `{recipe.encoder}`, frozen; SHA-256 of its weights `{model.encoder_digest}`",
+        f"- encoder: `{recipe.encoder}`; SHA-256 of its weights `{model.encoder_digest}`",
         *(f"- {name}: {value}" for name, value in _known(record).items()),
         f"- recipe: `{recipe.as_dict()}`",
         "",
@@ -82,14 +82,14 @@ def _scores(record: dict[str, Any]) -> list[str]:
         for protocol, numbers in by_protocol.items():
             cells = [percent({"mean": numbers[name], "std": None}) for name in NUMBERS]
             rows.append([f"{world} world, {protocol}", *cells])
-    used = "had a part in the memory bank" if record.get("transductive") else "had no part in training or in the bank"
+    later = " Images were added to the memory bank after that." if record.get("adapted") else ""
     return [
         "## Test images, %",
         "",
         *markdown_table(["", *_COLUMNS], rows),
         "",
-        f"Test images {used}. S and U are the best accuracies on seen and unseen pairs, HM their best harmonic mean, "
-        "AUC the area under the curve of both.",
+        f"Test images had no part in training or in the bank.{later} S and U are the best accuracies on seen and "
+        "unseen pairs, HM their best harmonic mean, AUC the area under the curve of both.",
         "",
     ]
 

@@ -103,6 +103,9 @@ class Condensed(Method):
         for name, width in (("condenser", condenser.dim), ("bank", dim if bank is None else bank.dim)):
             if width != dim:
                 raise ValueError(f"expected `{name}` of the encoder's width {dim}, got {width}")
+        if bank is not None and bank.num_pairs != len(method.space):
+            pairs = len(method.space)
+            raise ValueError(f"expected `bank` over the {pairs} pairs of the method's space, got {bank.num_pairs}")
         self.method = method if joint else method.requires_grad_(False)
         self.condenser, self.bank = condenser, bank
         self.alpha, self.beta, self.gamma, self.direction, self.joint = alpha, beta, gamma, direction, joint
@@ -169,6 +172,9 @@ class Condensed(Method):
             return None
         if self.bank.num_pairs != len(pairs):
             raise ValueError(f"expected `pairs` to be the {self.bank.num_pairs} pairs of the bank, got {len(pairs)}")
+        own = self.space.pairs_on(pairs.device)
+        if pairs is not own and not torch.equal(pairs, own):  # a GPU is waited for where they are another tensor
+            raise ValueError("expected `pairs` to be those of the bank, in their order, got others")
         memory: Tensor = self.bank(logits.features)
         return memory.softmax(dim=1)
 
@@ -195,6 +201,7 @@ class Condensed(Method):
         if self.bank is None:
             raise ValueError("expected `bank` to be a memory bank, got None")
         self.bank.update(logits.features, logits.condensed.pairs.softmax(dim=1))
+        self.record = {**self.record, "adapted": True}
 
 
 def condenser_losses(

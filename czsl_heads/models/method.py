@@ -246,13 +246,14 @@ class Method(nn.Module, Saved):
         if self.training:
             raise ValueError("expected a model in eval mode, got one in training mode: call model.eval()")
         device = self.encoder.logit_scale.device
+        dtype = next(self.encoder.blocks("vision").parameters()).dtype
         pairs = self.space.pairs_on(device) if pairs is None else pairs.to(device)
         texts = self.texts(pairs) if texts is None else _known(texts, pairs)
         names = self.space.attributes, self.space.objects
 
         found: list[list[Prediction]] = []
         for batch in self._batches(images):
-            logits = self.compare(self.encode(batch.to(device)), texts)[0]
+            logits = self.compare(self.encode(batch.to(device, dtype)), texts)[0]
             scores, parts = self.fuse(logits, pairs), self.parts(logits, pairs)
             found += name_best(scores, parts, pairs, names, topk)
         return found
@@ -285,7 +286,8 @@ def name_best(
     scores: Tensor, parts: dict[str, Tensor], pairs: Tensor, names: tuple[Sequence[str], Sequence[str]], topk: int
 ) -> list[list[Prediction]]:
     """The best pairs of each image by name, from ``scores`` and ``parts`` ``[batch, K]`` of ``pairs`` ``[K, 2]``."""
-    best, columns = scores.topk(min(topk, scores.shape[1]), dim=1)  # [batch, topk]
+    ranked = scores.sort(dim=1, descending=True, stable=True)  # of equal scores the first column wins, as everywhere
+    best, columns = ranked.values[:, :topk], ranked.indices[:, :topk]
     values = {name: part.gather(1, columns).tolist() for name, part in parts.items()}
     indices = pairs.to(columns.device)[columns].tolist()  # [batch, topk, 2]
 

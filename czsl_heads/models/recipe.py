@@ -169,7 +169,7 @@ def build(recipe: Recipe, space: CompositionSpace, *, encoder: Any = None) -> Me
         'Condensed'
     """
     encoder = wrap(recipe.encoder) if encoder is None else encoder
-    digest, given = weights_digest(encoder), {f"encoder.{name}" for name in encoder.state_dict()}
+    digest, given = weights_digest(encoder), {id(tensor) for tensor in encoder.state_dict(keep_vars=True).values()}
     put_in(encoder, recipe)
     method = _method(recipe, encoder, space)
     method.recipe, method.encoder_digest, method.learned = recipe, digest, _learned(method, given)
@@ -242,11 +242,13 @@ def _method(recipe: Recipe, encoder: Encoder, space: CompositionSpace) -> Method
     return kind(encoder, space, align=build_head(recipe, encoder.dim), **options)
 
 
-def _learned(method: Method, given: set[str]) -> list[str]:
-    """Names of the tensors that training changes: what needs a gradient, and statistics such as batch norm's."""
-    frozen = {name for name, parameter in method.named_parameters() if not parameter.requires_grad}
-    trained = {name for name, parameter in method.named_parameters() if parameter.requires_grad}
-    return [name for name in method.state_dict() if name in trained or (name not in given and name not in frozen)]
+def _learned(method: Method, given: set[int]) -> list[str]:
+    """Names of all tensors but those that the CLIP came with, unless they are trained.
+
+    What stands still but is the method's own may have been drawn at random, and belongs to it.
+    """
+    own = method.state_dict(keep_vars=True)
+    return [name for name, tensor in own.items() if tensor.requires_grad or id(tensor) not in given]
 
 
 def from_plain(kind: type[Plain], values: Mapping[str, Any], name: str) -> Plain:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from czsl_heads._files import flatten
 from czsl_heads._numbers import fraction, interval, markdown_table, percent
 
 COLUMNS = (
@@ -171,10 +172,8 @@ _BUDGETS = (
     " Rows 1+ and 2+ have the epochs of both stages, the rate of stage I decaying further; stage II starts at its own "
     "rate."
 )
-_BEHIND = (
-    " cls, max and topk share seeds, data, budget and initial weights. The condenser is trained behind the finished "
-    "row max, for epochs of its own; the bank trains nothing."
-)
+_SHARED = " cls, max and topk share seeds, data, budget and initial weights."
+_BEHIND = " The condenser is trained behind the finished row max, for epochs of its own; the bank trains nothing."
 _GAP = (
     "The modality gap depends on which vector stands for an image: cls is [CLS], pred the token that wins the "
     "predicted pair, true the token that wins the labelled pair, vac the condenser's vector. The third knows the label "
@@ -232,7 +231,8 @@ def columns_note(results: dict[str, Any]) -> str:
     """What S, U, HM and the others are, and how the epoch was chosen."""
     config = results["config"]
     chosen = _SELECTED[config["options"].get("selection", "auc")]
-    more = {"steps": _BUDGETS, "alignment": _BEHIND}.get(config["table"], "")
+    more = {"steps": _BUDGETS, "alignment": _SHARED}.get(config["table"], "")
+    more += _BEHIND if config["table"] == "alignment" and config["add"] else ""
     return (
         "S, U: best accuracy on seen and on unseen pairs; HM: best harmonic mean; AUC: area under the seen-unseen "
         "curve, by the field's standard protocol (20 to 39 biases) and over the exact curve; attr, obj: accuracy of "
@@ -243,32 +243,25 @@ def columns_note(results: dict[str, Any]) -> str:
 def _settings(results: dict[str, Any]) -> list[str]:
     """Lines on data, encoder, options with their sources, versions and hardware."""
     config, data, environment = results["config"], results["data"], results["environment"]
-    sources = results["sources"]
-    options = [f"{name} {value}{_source(name, sources)}" for name, value in flat_options(config["options"]).items()]
     counts = f"{data['attributes']} attributes, {data['objects']} objects; " if "attributes" in data else ""
     return [
         f"- data: {counts}pairs {_listed(data['pairs'])}; images {_listed(data['images'])}",
         f"- encoder: `{config['encoder']}`{_random_weights(config['encoder'])}; preset: {config['preset']}; "
         f"trainer: {in_words(config['trainer']) or 'defaults, one device'}",
-        f"- training: {', '.join(options)}",
+        f"- training: {options_in_words(results)}",
         f"- versions: {in_words(environment['versions'])}",
         f"- hardware: {environment['hardware']['cores']} cores, GPUs: {environment['hardware']['gpus'] or 'none'}",
     ]
 
 
-def flat_options(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Options by the names that the command line has for them."""
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, dict):
-            flat |= flat_options(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def _source(name: str, sources: dict[str, str]) -> str:
-    return f" ({sources.get(name, 'default')})" if sources else ""
+def options_in_words(results: dict[str, Any]) -> str:
+    """All options by the names that the command line has for them, each with its source where that is known."""
+    sources = results["sources"]
+    words = []
+    for name, value in flatten(results["config"]["options"]).items():
+        source = f" ({sources.get(name, 'default')})" if sources else ""
+        words.append(f"{name} {value}{source}")
+    return ", ".join(words)
 
 
 def _listed(counts: dict[str, int]) -> str:

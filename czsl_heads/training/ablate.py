@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from czsl_heads._files import plain, read_json, write_json
+from czsl_heads._files import plain, write_json
 from czsl_heads.data.layout import CompositionDataset, labels_digest
-from czsl_heads.models.saved import RESULTS
+from czsl_heads.models.saved import RESULTS, SCHEMA, read_results
 from czsl_heads.training.config import Config
 from czsl_heads.training.folder import open_folder, wanted_rows
 from czsl_heads.training.open_world import OpenWorld, kept_open_world
@@ -22,8 +22,6 @@ from czsl_heads.training.rows import Readout, Row, Table, Trained
 from czsl_heads.training.run import train_model
 from czsl_heads.training.summary import differences_of, numbers_of, spread, summary_of
 from czsl_heads.training.trainer import is_main_process
-
-SCHEMA = 2  # of results.json
 
 
 def run_ablation(out: Path, config: Config) -> dict[str, Any]:
@@ -44,13 +42,13 @@ def run_ablation(out: Path, config: Config) -> dict[str, Any]:
     config = _extended(out, config)
     work = _Work(out, dataset, config)
     records = [work.done(seed) for seed in config.seeds]
-    rows = [_row_results(row, config, records) for row in config.rows]
+    rows = [row_results(row, config, records) for row in config.rows]
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "config": plain(config.as_dict()),
         "sources": config.sources,
         "environment": environment(),
-        "data": _describe(dataset),
+        "data": describe(dataset),
         "shown": _shown(config.whole_table, rows),
         "baseline": config.whole_table.baseline,
         "rows": rows,
@@ -63,13 +61,14 @@ def run_ablation(out: Path, config: Config) -> dict[str, Any]:
 
 
 def _extended(out: Path, config: Config) -> Config:
-    """With the studies and additions that were asked for before, too."""
+    """With the seeds, studies and additions that were asked for before, too."""
     if not (out / RESULTS).exists():
         return config
-    before = read_json(out / RESULTS)
+    before = read_results(out)
     studies = list(dict.fromkeys([*before["studies"], *config.studies]))
     added = dict.fromkeys([*before["config"]["add"], *config.add])
-    return replace(config, studies=studies, add=tuple(name for name in ("vac", "bank") if name in added))
+    seeds = sorted({*before["config"]["seeds"], *config.seeds})
+    return replace(config, seeds=seeds, studies=studies, add=tuple(name for name in ("vac", "bank") if name in added))
 
 
 class _Work:
@@ -102,12 +101,12 @@ class _Work:
                 self._base(model.base, seed)
             base = self.out / f"seed{seed}" / model.base.folder
         names = ", ".join(self.rows.get(model.folder, ["of studies"]))
-        _say(f"seed {seed}, {config.method}, model {model.folder} (rows {names})")
+        say(f"seed {seed}, {config.method}, model {model.folder} (rows {names})")
         return self._train(model, base, seed, self.readouts[model.folder])
 
     def _base(self, model: Trained, seed: int) -> None:
         """A model that only others build on, which nobody asks to be tested."""
-        _say(f"seed {seed}, {self.config.method}, model {model.folder}, which others build on")
+        say(f"seed {seed}, {self.config.method}, model {model.folder}, which others build on")
         self._train(model, None, seed, {})
 
     def _train(self, model: Trained, base: Path | None, seed: int, readouts: dict[str, Readout]) -> dict[str, Any]:
@@ -128,12 +127,14 @@ class _Work:
         )
 
 
-def _say(words: str) -> None:
+def say(words: str) -> None:
+    """Tell the terminal, once for all processes."""
     if is_main_process():
         print(words, file=sys.stderr, flush=True)
 
 
-def _describe(dataset: CompositionDataset) -> dict[str, Any]:
+def describe(dataset: CompositionDataset) -> dict[str, Any]:
+    """How much a data set holds, for a results file."""
     return {
         "attributes": len(dataset.space.attributes),
         "objects": len(dataset.space.objects),
@@ -161,7 +162,7 @@ def _shown(table: Table, rows: list[dict[str, Any]]) -> str:
     return next(key for key in table.shown if key in keys)
 
 
-def _row_results(row: Row, config: Config, records: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+def row_results(row: Row, config: Config, records: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """What a table says of a row, from the records of all seeds."""
     readout = config.readout(row)
     own = [record[row.model.folder] for record in records]
@@ -172,14 +173,18 @@ def _row_results(row: Row, config: Config, records: list[dict[str, dict[str, Any
         "transductive": row.transductive,
         "model": row.model.folder,
         "budget": row.budget,
-        "readout": {"name": readout.key, "bank": None if readout.bank is None else readout.bank._asdict()},
+        "readout": {
+            "name": readout.key,
+            "bank": None if readout.bank is None else readout.bank._asdict(),
+            "probabilities": readout.alone and readout.probabilities and row.model.stage == "align",
+        },
         "trainable_parameters": own[0]["trainable_parameters"],
-        **row_summary(by_seed),
+        **_row_summary(by_seed),
         "by_seed": by_seed,
     }
 
 
-def row_summary(by_seed: list[dict[str, Any]]) -> dict[str, Any]:
+def _row_summary(by_seed: list[dict[str, Any]]) -> dict[str, Any]:
     """Means and deviations over seeds of what a row scored, of its gap, and of its search for a threshold."""
     gaps = [run["gap"]["relative_modality_gap"] for run in by_seed if run["gap"]]
     searches = [run["feasibility"] for run in by_seed if "feasibility" in run]
@@ -225,7 +230,7 @@ def _study_results(name: str, config: Config, records: list[dict[str, dict[str, 
     study = config.study(name)
     points = []
     for row in study.points:
-        found = _row_results(row, config, records)
+        found = row_results(row, config, records)
         runs = [{"seed": run["seed"], "test": numbers_of(run["test"]), "gap": run["gap"]} for run in found["by_seed"]]
         points.append(
             {

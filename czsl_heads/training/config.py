@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from czsl_heads._checks import check_choice, check_range
+from czsl_heads._files import flatten
 from czsl_heads.data.shapes import ShapesSpec
 from czsl_heads.functional.feasibility import Masking
 from czsl_heads.heads.sparse_align import Reduce
 from czsl_heads.models.registry import method_names
-from czsl_heads.training.options import Options, change, flatten, load_options, nest
+from czsl_heads.training.options import Options, change, load_options, nest
 from czsl_heads.training.rows import (
     STUDIES,
     TABLES,

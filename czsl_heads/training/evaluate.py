@@ -137,7 +137,7 @@ class Evaluation(lightning.LightningModule):
         self._banks: dict[tuple[World, BankPlan], DynamicMemoryBank] = {}
         self._scores: dict[tuple[str, str, str], CZSLScore] = {}
         self._gap: GapVectors | None = None
-        self._candidates = dataset.eval_mask(split)
+        self.register_buffer("_candidates", dataset.eval_mask(split), persistent=False)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         transform, options = self.model.encoder.transform(), self.options
@@ -158,7 +158,7 @@ class Evaluation(lightning.LightningModule):
             for count in slots
         }
         self._banks = {}
-        masks: dict[str, Tensor | None] = {"closed": self._candidates}
+        masks: dict[str, Tensor | None] = {"closed": self.dataset.eval_mask(self.split)}
         scored: dict[str, CompositionSpace] = dict(self.spaces.items())
         if self.open_world is not None:
             self.thresholds = Thresholds(self.open_world, self.spaces["open"], self.readouts)
@@ -223,7 +223,7 @@ class Evaluation(lightning.LightningModule):
             else:
                 self._score(name, world, rows.cpu(), target)
         if world == "closed" and self._gap is not None:
-            candidates = ranked.masked_fill(~self._candidates.to(ranked.device), -torch.inf)
+            candidates = ranked.masked_fill(~self.get_buffer("_candidates"), -torch.inf)
             self._gap.update(tokens_of(encoded), features, candidates.argmax(dim=1), columns, texts.pairs)
 
     def _score(self, name: str, world: World, rows: Tensor, target: Tensor) -> None:

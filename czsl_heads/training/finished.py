@@ -4,40 +4,44 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from czsl_heads._checks import check_choice
-from czsl_heads._files import read_json
-from czsl_heads.data.layout import SPLITS, CompositionDataset, DataError, read_dataset
+from czsl_heads._files import plain, read_json
+from czsl_heads.data.layout import SPLITS, CompositionDataset, DataError, labels_digest, read_dataset
 from czsl_heads.functional.feasibility import Masking
 from czsl_heads.models.recipe import from_plain
-from czsl_heads.models.saved import CONFIG, RESULTS, space_from_dict
+from czsl_heads.models.saved import CONFIG, RESULTS, read_results, space_from_dict
 from czsl_heads.space import CompositionSpace
-from czsl_heads.training.ablate import compared, row_summary
-from czsl_heads.training.config import Config
+from czsl_heads.training.ablate import compared, describe, environment, row_results, say
+from czsl_heads.training.config import OPEN_WORLD, Config
+from czsl_heads.training.evaluate import Evaluation
 from czsl_heads.training.open_world import OpenWorld, feasibility_table
 from czsl_heads.training.options import Options
-from czsl_heads.training.rows import Readout, Row
-from czsl_heads.training.run import RECORD, evaluate_model
+from czsl_heads.training.rows import Readout
+from czsl_heads.training.run import RECORD, evaluate_model, tested
 
 
 def finished(run: Path, seed: int | None = None) -> tuple[dict[str, Any], int]:
     """The results of a finished command, and the seed to use; default: the first.
 
     Raises:
-        ValueError: The folder is of no command, of an unfinished one, of another version, or lacks the seed.
+        ValueError: The folder is of no command, of one model, of an unfinished command, of another version, or lacks
+            the seed.
     """
     if not (run / CONFIG).is_file():
         raise ValueError(f"expected `run` of czsl train or czsl ablate, got {run}, which has no {CONFIG}")
     if not (run / RESULTS).is_file():
+        if "recipe" in read_json(run / CONFIG):
+            raise ValueError(
+                f"expected `run` of czsl train or czsl ablate, got {run}, which holds one saved model; czsl predict "
+                "takes it without seed and row, all else asks for the folder of the command that trained it"
+            )
         raise ValueError(
             f"expected `run` to be finished, got {run}, which has no {RESULTS}; its czsl command, given again, "
             "completes it"
         )
-    results = read_json(run / RESULTS)
-    needed = ("config", "shown", "rows", "comparisons", "studies")
-    if missing := [name for name in needed if name not in results]:
-        raise ValueError(f"expected {run / RESULTS} of this version of czsl, got one without {', '.join(missing)}")
+    results = read_results(run)
     seeds = results["config"]["seeds"]
     if seed is not None and seed not in seeds:
         raise ValueError(f"expected `seed` to be one of {', '.join(map(str, seeds))}, got {seed}")
@@ -45,10 +49,26 @@ def finished(run: Path, seed: int | None = None) -> tuple[dict[str, Any], int]:
 
 
 def dataset_of(run: Path, config: dict[str, Any], data: Path | None = None) -> CompositionDataset:
-    """The data set of a command, or the one in another folder."""
+    """The data set of a command, or the one in another folder.
+
+    Raises:
+        ValueError: There is none, or it is not what the command was given.
+    """
     if data is not None:
         return read_dataset(data)
-    return read_dataset(run / "shapes" if config["shapes"] else config["data"])
+    dataset = read_dataset(run / "shapes" if config["shapes"] else config["data"])
+    digest = read_json(run / CONFIG).get("data_digest")
+    if digest is not None and digest != labels_digest(dataset.root):
+        raise ValueError(
+            f"expected {dataset.root} with the labels that {run} was trained on, got changed ones; pass --data to "
+            "score other data"
+        )
+    return dataset
+
+
+def one_device(trainer: dict[str, Any]) -> dict[str, Any]:
+    """Flags of a training, for scoring: each of several processes would score everything."""
+    return {name: value for name, value in trainer.items() if name not in ("devices", "strategy", "num_nodes")}
 
 
 def config_of(results: dict[str, Any]) -> Config:
@@ -65,8 +85,8 @@ def evaluate(
     data: Path | None = None,
     split: str = "test",
     world: Literal["closed", "open"] = "closed",
-    feasibility: str = "encoder",
-    masking: Literal["clean", "official"] = "clean",
+    feasibility: str | None = None,
+    masking: Masking | None = None,
     rows: list[str] | None = None,
     trainer: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -77,81 +97,84 @@ def evaluate(
         data: Another data set over words that the models know; default: its own. A pair is seen if the models were
             trained on it. Memory banks are filled from its training images.
         split: ``"train"``, ``"val"`` or ``"test"``.
-        world, feasibility, masking: ``"open"`` also masks the open world's scores, as in ``czsl ablate``.
-        rows: Keys of the rows; default: all.
-        trainer: Flags of Lightning's Trainer; default: those of the command.
+        world: ``"open"`` also masks the open world's scores, as in ``czsl ablate``.
+        feasibility, masking: With world ``"open"``; default: those of the command, else ``"encoder"``, ``"clean"``.
+        rows: Keys of the rows; default: all whose models are kept.
+        trainer: Flags of Lightning's Trainer; default: those of the command, on one device.
 
     Returns:
         What :func:`~czsl_heads.training.ablate.run_ablation` writes, without studies, of this split.
 
     Raises:
-        ValueError: The folder is of no finished command, a row or split is unknown, or the data has unknown words.
+        ValueError: The folder is of no finished command, a row or split is unknown or not kept, or the data has
+            unknown words.
     """
     check_choice("split", split, SPLITS)
-    check_choice("masking", masking, get_args(Masking))
     results, _ = finished(run)
-    keys = [row["key"] for row in results["rows"]]
+    budgets = {row["key"]: row["budget"] for row in results["rows"]}
+    left_out = [key for key, budget in budgets.items() if budget != "best"]
     for key in rows or ():
-        check_choice("rows", key, keys)
-    config = replace(config_of(results), world=world, feasibility=feasibility, masking=masking)
-    if trainer is not None:
-        config = replace(config, trainer=trainer)
-    wanted = [row for row in config.rows if row.key in (rows or keys) and row.budget == "best"]
-    trained_on = run / f"seed{config.seeds[0]}" / wanted[0].model.folder
-    dataset = known_words(dataset_of(run, results["config"], data), trained_on)
+        check_choice("rows", key, budgets)
+        if key in left_out:
+            raise ValueError(f"expected `rows` whose models are kept, got {key}, of which only the shorter budget's is")
+    config = _changed(results, data, {"world": world, "feasibility": feasibility, "masking": masking}, trainer)
+    wanted = [row for row in config.rows if row.key in (rows or budgets.keys() - left_out)]
+    own = dataset_of(run, results["config"], data)
+    dataset = known_words(own, run / f"seed{config.seeds[0]}" / wanted[0].model.folder)
     open_world = None
     if world == "open":
-        open_world = OpenWorld(feasibility_table(config, dataset.space), masking)
+        open_world = OpenWorld(feasibility_table(config, dataset.space), config.masking)
+    if left_out and not rows:
+        say(f"without rows {', '.join(left_out)}, whose models are not kept")
 
-    found = [_scored(run, config, wanted, dataset, split, open_world, seed) for seed in config.seeds]
-    before = {row["key"]: row for row in results["rows"]}
-    lines = []
+    readouts: dict[str, dict[str, Readout]] = {}
     for row in wanted:
-        by_seed = [scores[row.key] for scores in found]
-        kept = {name: before[row.key][name] for name in ("key", "title", "transductive", "model", "budget", "readout")}
-        trainable = {"trainable_parameters": before[row.key]["trainable_parameters"]}
-        lines.append(kept | trainable | row_summary(by_seed) | {"by_seed": by_seed})
-    masked = {"world": world, "feasibility": feasibility, "masking": masking}
+        readout = config.readout(row)
+        readouts.setdefault(row.model.folder, {})[readout.key] = readout
+    records: list[dict[str, dict[str, Any]]] = [{} for _ in config.seeds]
+    for seed, record in zip(config.seeds, records):
+        for folder, ways in readouts.items():
+            path = run / f"seed{seed}" / folder
+            found = evaluate_model(path, dataset, ways, split=split, trainer=config.trainer, open_world=open_world)
+            record[folder] = _record(path, found)
+    lines = [row_results(row, config, records) for row in wanted]
     return {
         **results,
-        "config": {**results["config"], **(masked if world == "open" else {"world": "closed"})},
+        "config": {**plain(config.as_dict()), "shapes": None if data else results["config"]["shapes"]},
+        "environment": environment(),
         "split": split,
-        "data": {**results["data"], "images": {split: len(dataset.samples[split])}},
+        "data": {**describe(own), "images": {split: len(own.samples[split])}},
         "rows": lines,
         "comparisons": compared(config.whole_table, lines),
         "studies": {},
     }
 
 
-def _scored(
-    run: Path,
-    config: Config,
-    rows: list[Row],
-    dataset: CompositionDataset,
-    split: str,
-    open_world: OpenWorld | None,
-    seed: int,
-) -> dict[str, dict[str, Any]]:
-    """What each row scored with one seed, by key; one pass for each trained model."""
-    found: dict[str, dict[str, Any]] = {}
-    for folder in dict.fromkeys(row.model.folder for row in rows):
-        own = [row for row in rows if row.model.folder == folder]
-        path = run / f"seed{seed}" / folder
-        budget = read_json(path / RECORD)["budgets"]["best"]
-        readouts: dict[str, Readout] = {row.key: config.readout(row) for row in own}
-        evaluation = evaluate_model(path, dataset, readouts, split=split, trainer=config.trainer, open_world=open_world)
-        searches = {} if evaluation.thresholds is None else evaluation.thresholds.as_dicts()
-        for row in own:
-            found[row.key] = {
-                "seed": seed,
-                "best_epoch": budget["best_epoch"],
-                "selected": budget["selected"],
-                "test": evaluation.as_dicts()[row.key],
-                "gap": evaluation.gap,
-                "rejected": evaluation.rejected,
-                **({"feasibility": searches[row.key]} if searches else {}),
-            }
-    return found
+def _changed(
+    results: dict[str, Any], data: Path | None, masked: dict[str, Any], trainer: dict[str, Any] | None
+) -> Config:
+    """The configuration of a command, for scoring: with what is given in place of what was trained with."""
+    settings = {**OPEN_WORLD, **results["config"]}
+    if masked["world"] == "closed":
+        settings |= OPEN_WORLD  # a file of the training's open world is not asked for, and may be gone
+    settings |= {name: value for name, value in masked.items() if value is not None}
+    settings["trainer"] = one_device(settings["trainer"]) if trainer is None else trainer
+    if data is not None:
+        settings["data"] = str(data.resolve())
+    return config_of({**results, "config": settings})
+
+
+def _record(path: Path, evaluation: Evaluation) -> dict[str, Any]:
+    """The record of a trained model, with what was found now in place of what was found behind the training."""
+    record: dict[str, Any] = read_json(path / RECORD)
+    best = record["budgets"]["best"]
+    chosen = {name: best[name] for name in ("best_epoch", "selected")}
+    return {**record, "budgets": {"best": chosen | tested(evaluation)}}
+
+
+def trained_space(model: Path) -> CompositionSpace:
+    """The label space of a trained model, by its folder."""
+    return space_from_dict(read_json(model / CONFIG)["label_space"])
 
 
 def known_words(dataset: CompositionDataset, model: Path) -> CompositionDataset:
@@ -160,7 +183,7 @@ def known_words(dataset: CompositionDataset, model: Path) -> CompositionDataset:
     Raises:
         DataError: The data set has a word that the model does not know.
     """
-    trained = space_from_dict(read_json(model / CONFIG)["label_space"])
+    trained = trained_space(model)
     if dataset.space == trained:
         return dataset
     for kind in ("attributes", "objects"):

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from czsl_heads._checks import check_choice, check_integer, check_kind, check_positive, check_range
+from czsl_heads._files import flatten
 from czsl_heads.functional.distill import Direction
 from czsl_heads.heads.sparse_align import Reduce
 from czsl_heads.models.condensed import check_weights
@@ -180,17 +181,6 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
         else:
             place[last] = dict(value) if isinstance(value, Mapping) else value
     return nested
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The reverse of :func:`nest`."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def preset_names(method: str) -> list[str]:

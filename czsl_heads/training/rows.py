@@ -58,9 +58,9 @@ class Readout:
         """Its name in records of results; equal for equal readouts."""
         if self.alone:
             return "method, by probabilities" if self.probabilities else "method"
-        words = [f"beta {self.beta:g}"]
+        words = [f"beta {self.beta}"]
         if self.bank is not None:
-            words += [f"gamma {self.gamma:g}", f"slots {self.bank.slots}"]
+            words += [f"gamma {self.gamma}", f"slots {self.bank.slots}"]
             words += [word for word in ("texts", "updates") if getattr(self.bank, word)]
         return ", ".join(words)
 
@@ -139,7 +139,7 @@ VAC_LABELS = Trained("vac-labels", stage="condense", base=MAX, changes={"alpha":
 VAC = Trained("vac", stage="condense", base=MAX)
 CLS_LONGER, MAX_LONGER = Trained("cls", align="cls", longer=True), Trained("max", longer=True)
 
-_FUSED = Readout(beta=None)
+_FUSED = Readout(beta=None, probabilities=True)
 _BANK = Readout(None, None, BankPlan())
 _ADAPTED = Readout(None, None, BankPlan(texts=True, updates=True))
 

@@ -16,7 +16,7 @@ from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
 from czsl_heads.models.recipe import Recipe, build, from_plain
-from czsl_heads.models.saved import WEIGHTS, load_learned, load_model, save_model
+from czsl_heads.models.saved import WEIGHTS, check_encoder, load_learned, load_model, save_model
 from czsl_heads.training.evaluate import WORLDS, Evaluation, World
 from czsl_heads.training.open_world import OpenWorld
 from czsl_heads.training.options import Options
@@ -80,6 +80,7 @@ def train_model(
     lightning.seed_everything(seed, verbose=False)
     model = build(recipe, dataset.space)
     if base is not None:
+        check_encoder(model, base)
         load_learned(getattr(model, "method", model), base / WEIGHTS)
     epochs = _epochs(model, options, extra_epochs)
     learned = check_learning(model, epochs["best"], recipe.method)
@@ -165,7 +166,7 @@ def _test(
     evaluation = Evaluation(model, dataset, options, dict(readouts), open_world=open_world)
     fitter.test(evaluation, verbose=False)
     _keep_bank(model, evaluation)
-    return _tested(evaluation)
+    return tested(evaluation)
 
 
 def _keep_bank(model: Method, evaluation: Evaluation) -> bool:
@@ -177,7 +178,7 @@ def _keep_bank(model: Method, evaluation: Evaluation) -> bool:
     return True
 
 
-def _tested(evaluation: Evaluation) -> dict[str, Any]:
+def tested(evaluation: Evaluation) -> dict[str, Any]:
     found = {"test": _short_curves(evaluation.as_dicts()), "gap": evaluation.gap, "rejected": evaluation.rejected}
     thresholds = evaluation.thresholds
     return found if thresholds is None else found | {"feasibility": thresholds.as_dicts()}
@@ -229,7 +230,7 @@ def _completed(
     if not missing:
         return record
     evaluation = evaluate_model(folder, dataset, missing, trainer=trainer, open_world=open_world)
-    found = _tested(evaluation)
+    found = tested(evaluation)
     best["test"] |= found["test"]
     if "feasibility" in found:
         best["feasibility"] = best.get("feasibility", {}) | found["feasibility"]
@@ -241,6 +242,7 @@ def _completed(
             model.record = _about(model, model.record, record, readouts)
             save_model(model, folder)
         record = write_json(folder / RECORD, record)
+    evaluation.trainer.strategy.barrier()  # no process may read the files while they are written
     return record
 
 
@@ -276,8 +278,8 @@ def _about(
     options, best = from_plain(Options, record["options"], "options"), record["budgets"]["best"]
     own = Readout()
     if isinstance(model, Condensed):
-        own = Readout(None) if model.bank is None else Readout(None, None, BankPlan())
+        own = Readout(None, probabilities=True) if model.bank is None else Readout(None, None, BankPlan())
     scored = [name for name, readout in readouts.items() if readout == own.resolved(options)]
     test = numbers_of(best["test"][scored[0]]) if scored else None
     known = {"seed": record["seed"], "epoch": best["best_epoch"], "selection": record["options"]["selection"]}
-    return {**about, **known, "test": test, "transductive": False}
+    return {**about, **known, "test": test}

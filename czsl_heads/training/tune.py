@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from czsl_heads._files import write_json
-from czsl_heads.data.layout import CompositionDataset
+from czsl_heads.data.layout import CompositionDataset, DataError
+from czsl_heads.training.finished import trained_space
 from czsl_heads.training.rows import BankPlan, Readout
 from czsl_heads.training.run import evaluate_model, recorded_options
 from czsl_heads.training.trainer import is_main_process
@@ -33,8 +34,13 @@ def tune(
         What is also written to ``tune.json`` in ``run``: the ``grid`` of mean validation AUCs (closed world, standard
         protocol), the ``best`` of them, and what the command ``used``. Of equals the smallest gamma, then the largest
         beta is taken: the least machinery.
+
+    Raises:
+        ValueError: The data set is not that of the models.
     """
     folders = [run / f"seed{seed}" / model for seed in seeds]
+    if dataset.space != trained_space(folders[0]):
+        raise DataError(f"{dataset.root}: expected the data set that the models were trained on, got another")
     options = recorded_options(folders[0])
     plan = BankPlan(options.bank.slots)
     weights = [(beta, gamma) for gamma in _with(GAMMAS, options.gamma) for beta in _with(BETAS, options.beta)]

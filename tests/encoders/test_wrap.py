@@ -1,4 +1,6 @@
+import importlib
 import logging
+from importlib.metadata import EntryPoint
 
 import open_clip
 import pytest
@@ -6,8 +8,10 @@ import torch
 from torch import nn
 
 from czsl_heads import wrap
+from czsl_heads.encoders.digest import weights_digest
 from czsl_heads.encoders.protocol import Encoder
 
+wrap_module = importlib.import_module("czsl_heads.encoders.wrap")
 ARCHITECTURE = "small-for-tests"
 
 
@@ -39,6 +43,8 @@ def test_an_open_clip_name_gives_random_weights_and_its_own_tokenizer(small_arch
 
 def test_the_part_behind_the_colon_may_be_a_checkpoint(small_architecture, tmp_path):
     first = wrap(ARCHITECTURE)
+    with torch.no_grad():
+        first.model.visual.proj += 0.1
     path = tmp_path / "weights.pt"
     torch.save(first.model.state_dict(), path)
     again = wrap(f"{ARCHITECTURE}:{path}")
@@ -125,6 +131,27 @@ def test_a_coca_model_raises():
         wrap(CoCa())
 
 
-def test_wrapping_a_wrapped_model_raises(small_encoder):
-    with pytest.raises(TypeError, match="got OpenClipEncoder"):
-        wrap(small_encoder)
+def test_an_encoder_is_wrapped_already(small_encoder):
+    assert wrap(small_encoder, frozen=False) is small_encoder
+    small_encoder.requires_grad_(True)
+    assert not any(parameter.requires_grad for parameter in wrap(small_encoder).parameters())
+    with pytest.raises(ValueError, match="no `tokenizer` with an Encoder"):
+        wrap(small_encoder, tokenizer=lambda texts: texts)
+
+
+def test_an_encoder_of_another_package_may_have_no_name_of_ours(monkeypatch):
+    def entries(group):
+        return [EntryPoint(name, "other:load", group) for name in ("tiny", "ViT-B-32")]
+
+    monkeypatch.setattr(wrap_module, "entry_points", entries)
+    for name in ("tiny", "ViT-B-32:openai"):
+        with pytest.raises(ValueError, match=r"that brings the encoder .*, got this package and other:load"):
+            wrap(name)
+
+
+def test_an_architecture_alone_has_the_same_random_weights_each_time(small_architecture):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first, second = (wrap(ARCHITECTURE) for _ in range(2))
+    assert weights_digest(first) == weights_digest(second)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -222,3 +222,14 @@ def test_the_best_are_named_with_their_own_parts():
     ]
     assert [each.score for each in found[1]] == [3.0, 2.0]
     assert name_best(scores[:0], {}, torch.tensor([[0, 0]] * 3), names, 2) == []
+
+
+def test_of_equal_scores_the_first_pair_wins():
+    scores = torch.zeros(1, 144)
+    scores[0, [5, 70, 100]] = 1.0
+    pairs = torch.cartesian_prod(torch.arange(12), torch.arange(12))
+    words = [str(number) for number in range(12)]
+    named = name_best(scores, {}, pairs, (words, words), 4)[0]
+    found = [12 * int(prediction.attribute) + int(prediction.object) for prediction in named]
+    assert found == [5, 70, 100, 0]
+    assert found[0] == int(scores.argmax())

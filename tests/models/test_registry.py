@@ -34,7 +34,7 @@ class Drawn(PairMethod):
         self.pull = pull
         self.rows = nn.Parameter(torch.randn(len(space.attributes), len(space.objects), encoder.dim))
         self.bank = nn.Linear(encoder.dim, encoder.dim)
-        self.fixed = nn.Parameter(torch.ones(encoder.dim), requires_grad=False)
+        self.fixed = nn.Parameter(torch.randn(encoder.dim), requires_grad=False)
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
     def texts(self, pairs):
@@ -111,7 +111,7 @@ def test_a_method_of_another_package_is_built_and_trained(stranger):
     model, images = make(), make_images()
     assert type(model) is find_method("drawn")
     assert (model.pull, model.seam.head.reduce) == (0.25, "max")
-    assert set(model.learned) == {"rows", "bank.weight", "bank.bias", "calls"}
+    assert set(model.learned) == {"rows", "bank.weight", "bank.bias", "calls", "fixed"}
     model.train().loss(images, SEEN, TARGETS).backward()
     assert all(model.get_parameter(name).grad.any() for name in ("rows", "bank.weight"))
     with torch.no_grad():

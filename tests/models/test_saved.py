@@ -318,7 +318,7 @@ def test_the_card_says_what_is_known(folder):
     assert card.startswith("---\nlibrary_name: czsl-heads\n")
     assert "# csp on data of your own" in card
     assert "one of 4 pairs of 3 attributes and 2 objects. It was trained on 3 of the pairs." in card
-    assert f"- encoder: `tiny`, frozen; SHA-256 of its weights `{model.encoder_digest}`" in card
+    assert f"- encoder: `tiny`; SHA-256 of its weights `{model.encoder_digest}`" in card
     assert f"- recipe: `{model.recipe.as_dict()}`" in card
     assert "It was not tested." in card
 
@@ -330,8 +330,8 @@ def test_the_card_says_what_is_known(folder):
     assert "Test images had no part in training or in the bank." in card
     assert "- seed: `3`" in card
     assert "digest of the split" not in card
-    model.record["transductive"] = True
-    assert "Test images had a part in the memory bank." in str(model.generate_model_card())
+    model.record["adapted"] = True
+    assert "Images were added to the memory bank after that." in str(model.generate_model_card())
 
 
 def hub_in(shelf, calls):

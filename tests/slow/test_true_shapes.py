@@ -77,13 +77,8 @@ def test_a_condenser_and_a_bank_stand_behind_it_and_it_is_saved(method, space, i
     best = model.predict(images, topk=3, texts=texts)
     assert [prediction.score for prediction in best[0]] == sorted(scores[0].tolist(), reverse=True)[:3]
 
-    # A name without a tag gives other random weights each time, which loading must notice.
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size < 250_000_000
-    torch.manual_seed(1)
-    with pytest.raises(ValueError, match="got one of other weights"):
-        czsl_heads.load(tmp_path)
-    torch.manual_seed(0)
     loaded = czsl_heads.load(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(loaded.scores(images, space.pairs), scores)
