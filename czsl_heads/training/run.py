@@ -11,7 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from czsl_heads._files import plain, read_json, write_json
+from czsl_heads._files import flatten, plain, read_json, write_json
 from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
@@ -203,13 +203,15 @@ def _rounded(curve: list[list[float | None]]) -> list[list[float | None]]:
 def _check_same(folder: Path, recipe: Recipe, options: Options, seed: int) -> None:
     """Raise ValueError unless the finished model of a folder has this recipe, these options and this seed."""
     record = read_json(folder / RECORD)
-    wanted = plain({"recipe": recipe.as_dict(), "options": options.as_dict(), "seed": seed})
-    for settings in (record["recipe"], wanted["recipe"], record["options"], wanted["options"]):
-        for name in _SPEED_ONLY:
-            settings.pop(name, None)
-    for name, value in wanted.items():
-        if record[name] != value:
-            raise ValueError(f"expected `folder` to be new or of the same {name}, got {folder} with {record[name]}")
+    found = flatten({name: record[name] for name in ("recipe", "options", "seed")})
+    wanted = flatten(plain({"recipe": recipe.as_dict(), "options": options.as_dict(), "seed": seed}))
+    for name in sorted(found.keys() | wanted.keys()):
+        before, now = found.get(name), wanted.get(name)
+        if before != now and name.rpartition(".")[2] not in _SPEED_ONLY:
+            raise ValueError(
+                f"expected `folder` to be new or of the same settings, got {folder}, whose {name} is {before!r} "
+                f"instead of {now!r}"
+            )
 
 
 _SPEED_ONLY = ("workers", "checkpoint")  # they change no number beyond rounding

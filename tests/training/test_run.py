@@ -182,7 +182,7 @@ def test_a_finished_training_is_not_repeated_and_stays_one_of_its_settings(
 ) -> None:
     monkeypatch.setattr(Stage, "training_step", None)
     assert train(aligned) == read(aligned)
-    with pytest.raises(ValueError, match=r"expected `folder` to be new or of the same seed, got .* with 0"):
+    with pytest.raises(ValueError, match=r"of the same settings, got .*, whose seed is 0 instead of 1"):
         train(aligned, seed=1)
 
 
