@@ -1,5 +1,6 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Each makes .venv and installs what it needs.
-# While working: `make unit` takes about two minutes. Before a release: `make slow`, true shapes, which CI does not run.
+# While working: `make unit` leaves out what trains models or runs commands. Before a release: `make slow`, true shapes,
+# which CI does not run.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_OUT ?= demo
