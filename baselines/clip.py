@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from baselines.official import read_clip, read_vocabulary
 from czsl_heads import CompositionSpace
 from czsl_heads._checks import check_kind
 from czsl_heads.encoders.protocol import Encoder
+from czsl_heads.functional.unit import unit_vectors
 from czsl_heads.models.method import Align, PairMethod
 from czsl_heads.prompts.soft import TextFeatures, check_pairs
 from czsl_heads.space import clean_name
@@ -78,7 +78,8 @@ class CLIP(PairMethod):
         features = [
             self.encoder.encode_texts([self.sentence(pair) for pair in chunk.tolist()]) for chunk in pairs.split(_ROWS)
         ]
-        of_pairs = F.normalize(torch.cat(features), dim=-1)
+        encoded = torch.cat(features)  # [K, dim]
+        of_pairs = unit_vectors(encoded).to(encoded.dtype)
         return TextFeatures(of_pairs, of_pairs[:0], of_pairs[:0])
 
     @classmethod
@@ -87,8 +88,6 @@ class CLIP(PairMethod):
         clip_state: Mapping[str, Tensor],
         attributes: Sequence[str],
         objects: Sequence[str],
-        *,
-        enable_pos_emb: bool = True,
         **options: Any,
     ) -> CLIP:
         """A CLIP from its state dict in OpenAI's layout, of any size, in eval mode.
@@ -96,13 +95,12 @@ class CLIP(PairMethod):
         Args:
             clip_state: State dict in OpenAI's layout, of any size.
             attributes, objects: Names.
-            enable_pos_emb: Of the released code, where it is always on.
             options: Of the constructor, such as ``align``; ``official`` is True.
 
         Raises:
             TypeError, ValueError: A tensor is missing or unknown, or of a shape that cannot be right.
         """
-        encoder, space = read_clip(clip_state, enable_pos_emb=enable_pos_emb), read_vocabulary(attributes, objects)
+        encoder, space = read_clip(clip_state), read_vocabulary(attributes, objects)
         return cls(encoder, space, official=True, **options).eval()
 
     def official_tensors(self) -> dict[str, Tensor]:

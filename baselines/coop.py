@@ -88,8 +88,6 @@ class CoOp(PairMethod):
         frozen_embeddings: Tensor,
         attributes: Sequence[str],
         objects: Sequence[str],
-        *,
-        enable_pos_emb: bool = True,
         **options: Any,
     ) -> CoOp:
         """What the released code saved, in eval mode and with its numbers.
@@ -99,13 +97,12 @@ class CoOp(PairMethod):
             context: The learned vectors ``[length, text_dim]``; the released code calls them ``soft_embeddings``.
             frozen_embeddings: One row a primitive ``[A + O, text_dim]``, attributes first.
             attributes, objects: Names in the order of the table.
-            enable_pos_emb: Of the released code, where it is always on.
             options: Of the constructor, such as ``align``; ``official`` is True.
 
         Raises:
             TypeError, ValueError: A tensor is missing or unknown, or of a shape that cannot be right.
         """
-        encoder, space = read_clip(clip_state, enable_pos_emb=enable_pos_emb), read_vocabulary(attributes, objects)
+        encoder, space = read_clip(clip_state), read_vocabulary(attributes, objects)
         rows = len(space.attributes) + len(space.objects)
         table = check_table("frozen_embeddings", frozen_embeddings, rows, encoder.text_dim)
         model = cls(encoder, space, context="", primitives=table, official=True, **options)

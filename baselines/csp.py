@@ -94,8 +94,6 @@ class CSP(PairMethod):
         soft_embeddings: Tensor,
         attributes: Sequence[str],
         objects: Sequence[str],
-        *,
-        enable_pos_emb: bool = True,
         **options: Any,
     ) -> CSP:
         """What the released code saved, in eval mode and with its numbers.
@@ -104,13 +102,12 @@ class CSP(PairMethod):
             clip_state: State dict of the CLIP it was trained on, in OpenAI's layout, of any size.
             soft_embeddings: The learned table ``[A + O, text_dim]``, attributes first.
             attributes, objects: Names in the order of the table.
-            enable_pos_emb: Of the released code, where it is always on.
             options: Of the constructor, such as ``align``; ``official`` is True.
 
         Raises:
             TypeError, ValueError: A tensor is missing or unknown, or of a shape that cannot be right.
         """
-        encoder, space = read_clip(clip_state, enable_pos_emb=enable_pos_emb), read_vocabulary(attributes, objects)
+        encoder, space = read_clip(clip_state), read_vocabulary(attributes, objects)
         rows = len(space.attributes) + len(space.objects)
         table = check_table("soft_embeddings", soft_embeddings, rows, encoder.text_dim)
         return cls(encoder, space, primitives=table, official=True, **options).eval()

@@ -16,7 +16,7 @@ _HEAD_WIDTH = 64  # OpenAI's loader derives the number of heads from it
 _NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 
 
-def read_clip(state: Mapping[str, Tensor], *, enable_pos_emb: bool = True) -> OpenClipEncoder:
+def read_clip(state: Mapping[str, Tensor]) -> OpenClipEncoder:
     """A wrapped CLIP in eval mode, frozen and in float32, from a state dict in OpenAI's layout.
 
     All sizes follow from shapes, as in OpenAI's loader: widths, layers, patches, context, heads = width // 64. The
@@ -24,8 +24,6 @@ def read_clip(state: Mapping[str, Tensor], *, enable_pos_emb: bool = True) -> Op
 
     Args:
         state: Of a CLIP with a ViT, in any float dtype; names may begin with ``clip.`` or ``clip_model.``.
-        enable_pos_emb: Whether prompts get positional embeddings. The released code knows the switch and never
-            switches it off.
 
     Raises:
         TypeError: ``state`` is no mapping of names to tensors.
@@ -38,8 +36,6 @@ def read_clip(state: Mapping[str, Tensor], *, enable_pos_emb: bool = True) -> Op
     with torch.random.fork_rng(devices=[]):  # its random weights are not kept
         model = CLIP(dim, vision, text, quick_gelu=True)
     copy_named(model.state_dict(keep_vars=True), state, "the state of CLIP")
-    if not enable_pos_emb:
-        torch.nn.init.zeros_(model.positional_embedding)
     return OpenClipEncoder(model.eval())
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
@@ -27,7 +28,7 @@ from czsl_heads.adapters.bottleneck import AdaptedBlock, add_bottlenecks
 from czsl_heads.encoders.protocol import Encoder
 from czsl_heads.functional.fusion import combine
 from czsl_heads.functional.maxsim import maxsim
-from czsl_heads.functional.precision import score_dtype
+from czsl_heads.functional.unit import unit_vectors
 from czsl_heads.models.method import Align, Logits, Method, cross_entropies
 from czsl_heads.prompts.soft import Encode, SoftPrompts, TextFeatures
 
@@ -35,6 +36,7 @@ PatchNorm = Literal["fresh", "cumulative"]
 Fusion = Literal["probs", "logits"]
 Branch = Literal["pairs", "attributes", "objects"]
 Weights = tuple[float, float, float]
+Device = torch.device | str | None
 BRANCHES: tuple[Branch, ...] = ("pairs", "attributes", "objects")
 _ROWS = 16384  # images x texts that traction works on at once
 
@@ -55,59 +57,62 @@ OFFICIAL = Quirks("cumulative", "logits", 1024, True, True)
 class Disentangler(nn.Module):
     """An image feature in the view of one primitive: linear, batch norm, ReLU, dropout of one half.
 
+    Batch norm takes its statistics from all tokens that come in.
+
     Args:
         dim: Of the joint space.
-        norm_rows: Whose statistics normalise in training: ``"tokens"``, all that come in, or ``"cls"``, token 0 alone.
-        dropout_mask: One mask a ``"token"``, or one an ``"image"``, under which its tokens remain comparable.
+        device, dtype: Of the parameters, as torch's own layers take them.
 
     Shape:
         [batch, tokens, dim] to [batch, tokens, dim].
+
+    Raises:
+        ValueError: One token alone comes in, in training mode.
+
+    Example:
+        >>> Disentangler(6).eval()(torch.ones(2, 5, 6)).shape
+        torch.Size([2, 5, 6])
+
+    References:
+        Huang et al., Troika, CVPR 2024.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        norm_rows: Literal["tokens", "cls"] = "tokens",
-        dropout_mask: Literal["token", "image"] = "token",
-    ) -> None:
+    def __init__(self, dim: int, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        check_choice("norm_rows", norm_rows, ("tokens", "cls"))
-        check_choice("dropout_mask", dropout_mask, ("token", "image"))
-        self.norm_rows, self.dropout_mask = norm_rows, dropout_mask
-        self.proj = nn.Linear(dim, dim)
-        self.norm = nn.BatchNorm1d(dim)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.norm = nn.BatchNorm1d(dim, device=device, dtype=dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = F.relu(self._normalized(self.proj(tokens)))
-        mask = torch.ones_like(hidden if self.dropout_mask == "token" else hidden[:, :1])
-        viewed: Tensor = hidden * F.dropout(mask, training=self.training)
-        return viewed
-
-    def _normalized(self, hidden: Tensor) -> Tensor:
-        if self.training and hidden.shape[:2] == (1, 1):
+        """Tokens ``[batch, tokens, dim]`` to their views, ``[batch, tokens, dim]``."""
+        if self.training and tokens.shape[:2] == (1, 1):
             raise ValueError("expected `images` to be at least two in training, for batch norm, got one")
-        # flattened, since batch norm would take dimension 1, the tokens, for channels
-        if not self.training or self.norm_rows == "tokens":
-            normalized: Tensor = self.norm(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
-            return normalized
-        self.norm(hidden[:, 0])  # for the running statistics
-        wide = hidden.to(score_dtype(hidden))
-        variance, mean = torch.var_mean(wide[:, 0], dim=0, correction=0)
-        scaled: Tensor = (wide - mean) * (variance + self.norm.eps).rsqrt() * self.norm.weight + self.norm.bias
-        return scaled
+        # as rows, since batch norm would take dimension 1, the tokens, for channels
+        rows = rearrange(self.proj(tokens), "batch tokens dim -> (batch tokens) dim")
+        hidden = F.dropout(F.relu(self.norm(rows)), training=self.training)
+        viewed: Tensor = rearrange(hidden, "(batch tokens) dim -> batch tokens dim", tokens=tokens.shape[1])
+        return viewed
 
 
 class CrossAttention(nn.Module):
-    """Texts attend to tokens; the projections of both have no bias."""
+    """Texts attend to tokens; the projections of both have no bias.
 
-    def __init__(self, dim: int, dropout: float) -> None:
+    Args:
+        dim: Of texts and tokens; it has ``dim // 64`` heads.
+        dropout: On what comes out, in training.
+        device, dtype: Of the parameters, as torch's own layers take them.
+
+    Raises:
+        ValueError: The heads do not divide ``dim``.
+    """
+
+    def __init__(self, dim: int, dropout: float, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
+        kind: Any = {"device": device, "dtype": dtype}
         self.heads = count_heads("dim", dim)
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(dim, dim, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.q_proj = nn.Linear(dim, dim, bias=False, **kind)
+        self.k_proj = nn.Linear(dim, dim, bias=False, **kind)
+        self.v_proj = nn.Linear(dim, dim, bias=False, **kind)
+        self.proj = nn.Linear(dim, dim, **kind)
         self.proj_drop = nn.Dropout(dropout)
 
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,12 +120,13 @@ class CrossAttention(nn.Module):
         return self._split(self.k_proj(tokens)), self._split(self.v_proj(tokens))
 
     def forward(self, texts: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
+        """Texts ``[batch, texts, dim]`` and what :meth:`read` gives to what each text gets, ``[batch, texts, dim]``."""
         mixed = F.scaled_dot_product_attention(self._split(self.q_proj(texts)), *read)
-        attended: Tensor = self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+        attended: Tensor = self.proj_drop(self.proj(rearrange(mixed, "batch heads n dim -> batch n (heads dim)")))
         return attended
 
     def _split(self, vectors: Tensor) -> Tensor:
-        parts: Tensor = vectors.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        parts: Tensor = rearrange(vectors, "batch n (heads dim) -> batch heads n dim", heads=self.heads)
         return parts
 
 
@@ -128,20 +134,27 @@ class QuickGELU(nn.Module):
     """x sigmoid(1.702 x), OpenAI's."""
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Any shape to the same shape."""
         return hidden * torch.sigmoid(1.702 * hidden)
 
 
 class TractionLayer(nn.Module):
-    """Texts ``[batch, texts, dim]`` attend to tokens, then pass an MLP; only the MLP has a layer norm before it."""
+    """Texts attend to tokens, then pass an MLP; only the MLP has a layer norm before it.
 
-    def __init__(self, dim: int, dropout: float) -> None:
+    Arguments and errors as in :class:`CrossAttention`.
+    """
+
+    def __init__(self, dim: int, dropout: float, *, device: Device = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.cross_attn = CrossAttention(dim, dropout)
-        self.norm = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), QuickGELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+        kind: Any = {"device": device, "dtype": dtype}
+        self.cross_attn = CrossAttention(dim, dropout, **kind)
+        self.norm = nn.LayerNorm(dim, **kind)
+        up, down = nn.Linear(dim, 4 * dim, **kind), nn.Linear(4 * dim, dim, **kind)
+        self.mlp = nn.Sequential(up, QuickGELU(), nn.Dropout(dropout), down)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, texts: Tensor, read: tuple[Tensor, Tensor]) -> Tensor:
+        """Texts ``[batch, texts, dim]`` and what the attention reads of tokens to ``[batch, texts, dim]``."""
         texts = texts + self.cross_attn(texts, read)
         out: Tensor = texts + self.dropout(self.mlp(self.norm(texts)))
         return out
@@ -152,19 +165,48 @@ class Traction(nn.Module):
 
     .. math:: \hat t_{bk} = \mathrm{normalize}(t_k + \lambda \odot \mathrm{layers}(t_k; \mathrm{ln}(X_b)))
 
-    Texts do not see each other, so that any part of them can be run by itself.
+    Texts do not read each other, so that any part of them can be run by itself.
+
+    Args:
+        dim: Of texts and tokens.
+        layers: How many times texts attend to tokens.
+        init: What each entry of :math:`\lambda` starts from.
+        dropout: Inside the layers, in training.
+        device, dtype: Of the parameters, as torch's own layers take them.
+
+    Raises:
+        TypeError, ValueError: An argument is of another kind, or out of range.
+
+    Example:
+        >>> traction = Traction(64, 2, init=0.1, dropout=0.0)
+        >>> tokens, texts = torch.ones(3, 5, 64), torch.ones(4, 64)
+        >>> traction(texts, traction.read(tokens), 3).shape
+        torch.Size([3, 4, 64])
+
+    References:
+        Huang et al., Troika, CVPR 2024.
     """
 
-    def __init__(self, dim: int, layers: int, *, init: float, dropout: float) -> None:
+    def __init__(
+        self,
+        dim: int,
+        layers: int,
+        *,
+        init: float,
+        dropout: float,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_integer("layers", layers, 0)
         check_range("traction_dropout", dropout, 0, 1)
-        self.layers = nn.ModuleList(TractionLayer(dim, dropout) for _ in range(layers))
-        self.weight = nn.Parameter(torch.full((dim,), float(init)))
-        self.token_norm = nn.LayerNorm(dim)
+        kind: Any = {"device": device, "dtype": dtype}
+        self.layers = nn.ModuleList(TractionLayer(dim, dropout, **kind) for _ in range(layers))
+        self.weight = nn.Parameter(torch.full((dim,), float(init), **kind))
+        self.token_norm = nn.LayerNorm(dim, **kind)
 
     def read(self, normed: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What the layers see of tokens ``[batch, tokens, dim]``, normed."""
+        """What the layers read of tokens ``[batch, tokens, dim]``, normed."""
         layers: Any = self.layers
         return [layer.cross_attn.read(normed) for layer in layers]
 
@@ -173,7 +215,7 @@ class Traction(nn.Module):
         moved = texts.expand(batch, -1, -1)
         for layer, read in zip(self.layers, reads):
             moved = layer(moved, read)
-        return F.normalize(texts + self.weight * moved, dim=-1)
+        return unit_vectors(texts + self.weight * moved)
 
 
 class Troika(Method):
@@ -188,11 +230,9 @@ class Troika(Method):
         align: How an image is compared with texts, in all branches: ``"cls"``, as published, or a
             :class:`~czsl_heads.SparseAlignHead`, whose ``include_cls`` says whether [CLS] is one of the tokens.
         align_branches: Where ``align`` stands; the other branches compare [CLS].
-        align_tokens: Which tokens a head sees: ``"projected"``, in CLIP's space, or ``"normed"``, those of traction.
         disentangle: ``"winner"``: one token an image is disentangled, the one that wins the best pair, and compared
-            with all attributes and objects, so that these logits depend on which pairs are asked for; ``"each"``: every
-            token is, and the head takes its pick for each text.
-        norm_rows, dropout_mask: Of the :class:`Disentangler`; without meaning where it sees one token an image.
+            with all attributes and objects. These logits then depend on which pairs are asked for. ``"each"``: every
+            token is disentangled, and the head takes its pick for each text.
         layers, init_weight, traction_dropout: Of the :class:`Traction`.
         traction_chunk: Texts that traction works on at once; the result is the same. Where there are several chunks,
             their activations are not kept but computed again in the backward pass. Default: as many as keep images x
@@ -241,10 +281,7 @@ class Troika(Method):
         *,
         align: Align = "cls",
         align_branches: Sequence[Branch] = BRANCHES,
-        align_tokens: Literal["projected", "normed"] = "projected",
         disentangle: Literal["winner", "each"] = "winner",
-        norm_rows: Literal["tokens", "cls"] = "tokens",
-        dropout_mask: Literal["token", "image"] = "token",
         layers: int = 2,
         init_weight: float = 0.1,
         traction_dropout: float = 0.0,
@@ -269,6 +306,7 @@ class Troika(Method):
         asked = (patch_norm, fusion, text_chunk, fused_validation_loss, stays_in_eval)
         named: Any = {name: value for name, value in zip(Quirks._fields, asked) if value is not None}
         self.quirks = (OFFICIAL if official else Quirks())._replace(**named)
+
         for name, switch in (("official", official), ("checkpoint", checkpoint)):
             check_kind(name, switch, bool)
         if isinstance(align_branches, str) or not isinstance(align_branches, Sequence):
@@ -276,9 +314,11 @@ class Troika(Method):
         check_integer("adapter_dim", adapter_dim, 1)
         check_range("adapter_dropout", adapter_dropout, 0, 1)
         check_range("init_weight", init_weight, -math.inf)
-        self.align_branches, self.align_tokens, self.disentangle = tuple(align_branches), align_tokens, disentangle
-        self.traction_chunk, self.loss_weights, self.inference_weights = traction_chunk, loss_weights, inference_weights
+        self.align_branches, self.disentangle = tuple(align_branches), disentangle
+        self.traction_chunk = traction_chunk
+        self.loss_weights, self.inference_weights = loss_weights, inference_weights
         self._check_options()
+
         self.prompts = SoftPrompts(
             encoder,
             space,
@@ -288,9 +328,8 @@ class Troika(Method):
             encode=encode or ("plain" if official else "auto"),
             checkpoint=checkpoint,
         )
-        views = {"norm_rows": norm_rows, "dropout_mask": dropout_mask}
-        self.attribute_disentangler = Disentangler(encoder.dim, **views)  # type: ignore[arg-type]
-        self.object_disentangler = Disentangler(encoder.dim, **views)  # type: ignore[arg-type]
+        self.attribute_disentangler = Disentangler(encoder.dim)
+        self.object_disentangler = Disentangler(encoder.dim)
         self.traction = Traction(encoder.dim, layers, init=init_weight, dropout=traction_dropout)
         self.checkpoint, self._was_trained = checkpoint, False
         add_bottlenecks(encoder, dim=adapter_dim, dropout=adapter_dropout)  # last: it changes what was passed in
@@ -305,16 +344,17 @@ class Troika(Method):
         The tokens are what texts are drawn to.
         """
         normed = self._normed(tokens)
-        seen = [self._seen(branch, tokens, rows) for branch, rows in zip(BRANCHES, normed)]
+        for_pairs, for_attributes, for_objects = (self._compared_tokens(branch, tokens) for branch in BRANCHES)
         single = self._as_long_as_cls(tokens, vectors)
-        of_pairs = self._branch([seen[0], *single], normed[0], texts.pairs)
-        if self.disentangle == "winner" and max(rows.shape[1] for rows in seen[1:]) > 1:
-            winner = self._winner(of_pairs[0], tokens, normed[0], texts.pairs)
-            seen[1:] = [rows if rows.shape[1] == 1 else winner for rows in seen[1:]]
-        attributes, objects = (
-            [disentangler(view) for view in (rows, *single)]
-            for disentangler, rows in zip((self.attribute_disentangler, self.object_disentangler), seen[1:])
-        )
+        of_pairs = self._branch([for_pairs, *single], normed[0], texts.pairs)
+
+        if self.disentangle == "winner" and max(for_attributes.shape[1], for_objects.shape[1]) > 1:
+            winner = self._winner(of_pairs[0], tokens, normed[0], texts.pairs)  # [batch, 1, dim]
+            for_attributes = for_attributes if for_attributes.shape[1] == 1 else winner
+            for_objects = for_objects if for_objects.shape[1] == 1 else winner
+
+        attributes = [self.attribute_disentangler(view) for view in (for_attributes, *single)]
+        objects = [self.object_disentangler(view) for view in (for_objects, *single)]
         of_attributes = self._branch(attributes, normed[1], texts.attributes)
         of_objects = self._branch(objects, normed[2], texts.objects)
         return [Logits(*logits) for logits in zip(of_pairs, of_attributes, of_objects)]
@@ -322,18 +362,16 @@ class Troika(Method):
     def classify(self, tokens: Tensor, texts: TextFeatures, *vectors: Tensor) -> list[Logits]:
         """What :meth:`compare` says of the vectors, without comparing the tokens, which texts are drawn to."""
         single = self._as_long_as_cls(tokens, vectors)
-        attributes, objects = (
-            [disentangler(view) for view in single]
-            for disentangler in (self.attribute_disentangler, self.object_disentangler)
-        )
+        attributes = [self.attribute_disentangler(view) for view in single]
+        objects = [self.object_disentangler(view) for view in single]
         branches = map(self._branch, (single, attributes, objects), self._normed(tokens), texts)
         return [Logits(*logits) for logits in zip(*branches)]
 
     @staticmethod
     def _as_long_as_cls(tokens: Tensor, vectors: Sequence[Tensor]) -> list[Tensor]:
-        """Vectors ``[batch, 1, dim]`` of the length of [CLS], at which the disentanglers know what they see."""
+        """Vectors ``[batch, 1, dim]`` of the length of [CLS], at which the disentanglers were trained."""
         length = tokens[:, :1].norm(dim=-1, keepdim=True)
-        return [length * F.normalize(vector, dim=-1)[:, None].to(tokens.dtype) for vector in vectors]
+        return [length * unit_vectors(vector)[:, None].to(tokens.dtype) for vector in vectors]
 
     def fuse(self, logits: Logits, pairs: Tensor) -> Tensor:
         """One score a pair from the logits of all branches: :math:`w_p p(a, o) + w_a p(a) \\, w_o p(o)`."""
@@ -386,11 +424,11 @@ class Troika(Method):
         second = self.traction.token_norm(first)
         return [first, second, self.traction.token_norm(second)]
 
-    def _seen(self, branch: Branch, tokens: Tensor, normed: Tensor) -> Tensor:
-        """The tokens that are compared in a branch."""
-        if branch not in self.align_branches or not self.seam.takes_tokens:
-            return tokens[:, :1]
-        return normed if self.align_tokens == "normed" else tokens
+    def _compared_tokens(self, branch: Branch, tokens: Tensor) -> Tensor:
+        """The tokens that are compared with texts in a branch: all, or [CLS] alone, ``[batch, 1, dim]``."""
+        if branch in self.align_branches and self.seam.takes_tokens:
+            return tokens
+        return tokens[:, :1]
 
     def _branch(self, views: list[Tensor], normed: Tensor, texts: Tensor) -> list[Tensor]:
         """Logits ``[batch, texts]`` of each view in one branch, chunk by chunk of its texts, which are drawn once."""
@@ -400,7 +438,7 @@ class Troika(Method):
             drawn = self.traction(chunk, reads, batch)
             return tuple(self.seam(view, drawn, self.encoder.logit_scale) for view in views)
 
-        chunks = texts.split(self.traction_chunk or max(1, _ROWS // batch))
+        chunks = texts.split(self.traction_chunk or max(1, _ROWS // max(1, batch)))
         again = len(chunks) > 1 and torch.is_grad_enabled()
         run: Callable[[Tensor], Any] = (
             partial(run_again_in_backward, compare, use_reentrant=False) if again else compare
@@ -409,12 +447,11 @@ class Troika(Method):
 
     def _winner(self, logits: Tensor, tokens: Tensor, normed: Tensor, texts: Tensor) -> Tensor:
         """The token of each image that wins its best pair ``[batch, 1, dim]``."""
-        candidates = normed if self.align_tokens == "normed" else tokens
-        candidates = candidates if self.seam.head.include_cls else candidates[:, 1:]
+        candidates = tokens if self.seam.head.include_cls else tokens[:, 1:]
         with torch.no_grad():
             best = texts[logits.argmax(dim=1)][:, None]
             drawn = self.traction(best, self.traction.read(normed), len(tokens))
-            _, index = maxsim(F.normalize(candidates, dim=-1), drawn, return_index=True)
+            _, index = maxsim(unit_vectors(candidates), drawn, return_index=True)
         return candidates[torch.arange(len(index), device=index.device)[:, None], index]
 
     def _check_options(self) -> None:
@@ -425,7 +462,6 @@ class Troika(Method):
         check_integer("text_chunk", self.quirks.text_chunk, 0)
         for branch in self.align_branches:
             check_choice("align_branches", branch, BRANCHES)
-        check_choice("align_tokens", self.align_tokens, ("projected", "normed"))
         check_choice("disentangle", self.disentangle, ("winner", "each"))
         if self.traction_chunk is not None:
             check_integer("traction_chunk", self.traction_chunk, 1)
@@ -443,8 +479,6 @@ class Troika(Method):
         state: Mapping[str, Tensor],
         attributes: Sequence[str],
         objects: Sequence[str],
-        *,
-        enable_pos_emb: bool = True,
         **options: Any,
     ) -> Troika:
         """What the released code saved, in eval mode and with its numbers.
@@ -452,7 +486,6 @@ class Troika(Method):
         Args:
             state: State dict of the whole official module, its CLIP of any size.
             attributes, objects: Names in the order of the table ``soft_att_obj``.
-            enable_pos_emb: Of the released code, where it is always on.
             options: Of the constructor, such as ``align``, or the weights of losses and scores, which the released code
                 does not save; ``official`` is True. What the state decides is refused.
 
@@ -460,7 +493,7 @@ class Troika(Method):
             TypeError, ValueError: A tensor is missing or unknown, or of a shape that cannot be right; or an option is.
         """
         clip, own = _split_state(state)
-        encoder, space = read_clip(clip, enable_pos_emb=enable_pos_emb), read_vocabulary(attributes, objects)
+        encoder, space = read_clip(clip), read_vocabulary(attributes, objects)
         rows = len(space.attributes) + len(space.objects)
         decided: dict[str, Any] = {
             "primitives": check_table("soft_att_obj", own["soft_att_obj"], rows, encoder.text_dim),

@@ -93,7 +93,7 @@ def closed_world(name: str) -> dict[str, Any]:
         metric = CZSLScore(problem.space, eval_mask=problem.eval_mask)
         for rows, target in zip(scores.split(BATCH), problem.target.split(BATCH)):
             metric.update(rows, target)
-        return metric.compute()
+        return metric.result()
 
     rivals = {
         "literal": lambda: reference_czsl_scores(scores, *pairs, columns=topk_columns),
@@ -170,7 +170,7 @@ def open_world(name: str) -> dict[str, Any]:
     def evaluate() -> Any:
         metric = CZSLScore(problem.space)
         metric.update(streamed.columns(), problem.target)
-        return metric.compute()
+        return metric.result()
 
     rivals = {
         "generator": lambda: [block[0, 0] for _, block in streamed.columns()],

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from czsl_heads import data as data
     from czsl_heads import metrics as metrics
     from czsl_heads.adapters.lora import add_lora as add_lora
+    from czsl_heads.adapters.lora import merge_lora as merge_lora
+    from czsl_heads.adapters.lora import remove_lora as remove_lora
+    from czsl_heads.adapters.lora import unmerge_lora as unmerge_lora
     from czsl_heads.encoders.wrap import wrap as wrap
     from czsl_heads.models.sac import SAC as SAC
     from czsl_heads.models.saved import load as load
@@ -29,6 +32,9 @@ _LAZY = {
     "SoftPrompts": "czsl_heads.prompts.soft",
     "add_lora": "czsl_heads.adapters.lora",
     "load": "czsl_heads.models.saved",
+    "merge_lora": "czsl_heads.adapters.lora",
+    "remove_lora": "czsl_heads.adapters.lora",
+    "unmerge_lora": "czsl_heads.adapters.lora",
     "wrap": "czsl_heads.encoders.wrap",
 }
 _LAZY_MODULES = ("data", "metrics")
@@ -45,7 +51,10 @@ __all__ = [
     "data",
     "functional",
     "load",
+    "merge_lora",
     "metrics",
+    "remove_lora",
+    "unmerge_lora",
     "wrap",
 ]
 

@@ -71,6 +71,38 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"expected `{name}` to be positive and finite, got {value}")
 
 
+def check_scale(name: str, value: float | Tensor) -> float:
+    """The number in ``value``, a positive number or a scalar tensor.
+
+    Raise TypeError or ValueError unless it is one; ValueError too where a gradient would be lost by reading it.
+    """
+    if isinstance(value, Tensor):
+        check_shapes(**{name: (value, "")})
+        if value.requires_grad:
+            raise ValueError(
+                f"expected `{name}` to be a constant, got a tensor that requires grad, which would get no gradient; "
+                f"pass it to each call, or its detached value here"
+            )
+        value = float(value)
+    check_positive(name, value)
+    return value
+
+
+def check_index(name: str, index: Tensor, size: int, *, wait: bool = False) -> None:
+    """Raise ValueError unless all of ``index`` are in ``[0, size - 1]``.
+
+    A GPU is not waited for, unless ``wait``, and a graph has no values to branch on: there a wrong index stops the
+    device instead.
+    """
+    inside = ((index >= 0) & (index < size)).all()
+    message = f"expected `{name}` to be in [0, {size - 1}]"
+    if torch.compiler.is_compiling() or (index.device.type == "cuda" and not wait):
+        torch._assert_async(inside, message)
+    elif not index.is_meta and not inside:
+        wrong = index[(index < 0) | (index >= size)]
+        raise ValueError(f"{message}, got {int(wrong[0])}")
+
+
 def _check_bounds(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         bound = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"

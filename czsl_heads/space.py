@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import torch
@@ -29,8 +29,9 @@ def clean_name(name: str) -> str:
 class CompositionSpace:
     """Attributes, objects, and an ordered list of pairs, each seen (trained on) or unseen.
 
-    A pair is (attribute index, object index); its position in :attr:`pairs` is the column of its score. Instances do
-    not change: :meth:`subset` and :meth:`open_world` return new ones over the same primitives.
+    A pair is (attribute index, object index); its position in :attr:`pairs` is the column of its score. ``len``,
+    iteration and indexing go over the pairs by name, and ``in`` takes names or indices. Instances do not change:
+    :meth:`subset` and :meth:`open_world` return new ones over the same primitives.
 
     Args:
         attributes: Names of the attributes, without repeats; the order is kept.
@@ -54,6 +55,11 @@ class CompositionSpace:
         ([[1, 0], [0, 1]], [True, True])
         >>> space.open_world().pairs.tolist()
         [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+        By name it is a sequence of its pairs:
+
+        >>> list(space), space[-1], ("black", "swan") in space
+        ([('white', 'swan'), ('black', 'cat')], ('black', 'cat'), False)
     """
 
     attributes: tuple[str, ...]
@@ -100,7 +106,7 @@ class CompositionSpace:
         return pairs[:, 0] * len(self.objects) + pairs[:, 1]
 
     def _pair_name(self, pair: Sequence[int]) -> str:
-        return f"({self.attributes[pair[0]]}, {self.objects[pair[1]]})"
+        return f"({', '.join(self._names(pair))})"
 
     def _derive(self, pairs: Tensor, seen_mask: Tensor) -> CompositionSpace:
         space = object.__new__(CompositionSpace)
@@ -129,7 +135,10 @@ class CompositionSpace:
     @property
     def pair_names(self) -> list[tuple[str, str]]:
         """Names of the pairs, in order."""
-        return [(self.attributes[attr], self.objects[obj]) for attr, obj in self.pairs.tolist()]
+        return [self._names(pair) for pair in self.pairs.tolist()]
+
+    def _names(self, pair: Sequence[int]) -> tuple[str, str]:
+        return self.attributes[pair[0]], self.objects[pair[1]]
 
     def index(self, pairs: Tensor | Iterable[Pair]) -> Tensor:
         """Columns of the given pairs.
@@ -197,6 +206,31 @@ class CompositionSpace:
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self.pair_names)
+
+    @overload
+    def __getitem__(self, column: int) -> tuple[str, str]: ...
+    @overload
+    def __getitem__(self, column: slice) -> list[tuple[str, str]]: ...
+    def __getitem__(self, column: int | slice) -> tuple[str, str] | list[tuple[str, str]]:
+        if isinstance(column, slice):
+            return self.pair_names[column]
+        if isinstance(column, bool) or not hasattr(column, "__index__"):
+            raise TypeError(f"expected `column` to be an integer or a slice, got {column!r}")
+        position = column.__index__()
+        if not -len(self) <= position < len(self):
+            raise IndexError(f"expected `column` of the {len(self)} pairs, got {position}")
+        return self._names(self.pairs[position].tolist())
+
+    def __contains__(self, pair: object) -> bool:
+        """Whether a pair, as names or indices, is in this space; False for what is no pair of its primitives."""
+        try:
+            wanted = self._as_tensor([pair])  # type: ignore[list-item]
+        except (TypeError, ValueError):
+            return False
+        return bool(self._column[self._code(wanted)] >= 0)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CompositionSpace):

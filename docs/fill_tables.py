@@ -435,7 +435,6 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "half_logits": quirk_effect("csp", "half_logits: True"),
         "half_logits of CLIP": zero_shot_effect("half_logits: True", "default"),
         "dropout_at_evaluation": quirk_effect("csp", "dropout_at_evaluation: True"),
-        "enable_pos_emb": zero_shot_effect("enable_pos_emb: False", "default"),
         "masking": zero_shot_effect("masking: official, threshold 0", "masking: clean, threshold 0"),
     },
     "performance.md": {

@@ -335,21 +335,21 @@ def reference_threshold_search(
     return thresholds, areas, threshold
 
 
-def reference_evidence(scores, target, pairs, bucket=None, *, num_buckets=1, topk=1):
-    """Sample by sample and column by column; of the fields of ``Evidence``, in that order."""
+def reference_score_statistics(scores, target, pairs, bucket=None, *, num_buckets=1, topk=1):
+    """Sample by sample and column by column; the fields of ``ScoreStatistics``, in that order."""
 
     def largest(scores, k):
         return [*sorted(scores, reverse=True), *[-math.inf] * k][:k]
 
     attr, obj, seen, candidates = (part.tolist() for part in pairs)
     bucket = [0] * len(seen) if bucket is None else bucket.tolist()
-    rivals, best_seen, primitives = [], [], []
+    negatives, best_seen, primitives = [], [], []
     for row, true in zip(scores.tolist(), target.tolist()):
         others = [column for column in range(len(row)) if candidates[column] and column != true]
         groups = [[column for column in others if seen[column]]]
         groups += [[c for c in others if not seen[c] and bucket[c] == number] for number in range(num_buckets)]
         sides = [[c for c in group if (c < true) == before] for group in groups for before in (True, False)]
-        rivals.append([largest([row[column] for column in side], topk) for side in sides])
+        negatives.append([largest([row[column] for column in side], topk) for side in sides])
         best_seen.append(largest([score for score, is_seen in zip(row, seen) if is_seen], topk)[-1])
         right = []
         for bias in (0.0, 1e3):
@@ -359,4 +359,4 @@ def reference_evidence(scores, target, pairs, bucket=None, *, num_buckets=1, top
             right.append([any(names[column] == names[true] for column in top) for names in (attr, obj)])
         primitives.append(right)
     own = scores[torch.arange(len(scores)), target]
-    return target, own, torch.tensor(rivals), torch.tensor(best_seen), torch.tensor(primitives)
+    return target, own, torch.tensor(negatives), torch.tensor(best_seen), torch.tensor(primitives)

@@ -64,7 +64,7 @@ def test_imports_point_down(path: Path) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "import czsl_heads.training.run",
+        "import czsl_heads.training.train",
         "from czsl_heads.models.sac import SAC",
         "def late():\n    from czsl_heads import data",
         "from czsl_heads.metrics.czsl_score import CZSLScore",

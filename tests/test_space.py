@@ -251,3 +251,28 @@ def test_pairs_are_copied_to_a_device_once_and_not_into_pickles_or_deep_copies()
         assert twin == space
         assert twin.pairs_on(torch.device("meta")) is not there
     assert space.open_world().pairs_on(torch.device("meta")).shape == (2, 2)
+
+
+def test_a_space_is_a_sequence_of_its_pairs_by_name(space):
+    pairs = [*SEEN, *UNSEEN]
+    assert list(space) == pairs == space.pair_names
+    assert [space[column] for column in range(len(space))] == pairs
+    assert (space[-1], space[np.int64(1)], space[torch.tensor(2)]) == (pairs[-1], pairs[1], pairs[2])
+    assert (space[1:3], space[::-2]) == (pairs[1:3], pairs[::-2])
+    assert list(reversed(space)) == pairs[::-1]
+    for column in (5, -6):
+        with pytest.raises(IndexError, match=rf"expected `column` of the 5 pairs, got {column}"):
+            space[column]
+    for column in ("dry", 1.0, True):
+        with pytest.raises(TypeError, match="expected `column` to be an integer or a slice, got"):
+            space[column]
+
+
+def test_a_space_tells_membership(space):
+    assert ("dry", "car") in space
+    assert ["wet", "Boat.Shoe"] in space
+    assert (1, 4) in space
+    assert torch.tensor([0, 0]) in space
+    for other in (("wet", "car"), ("car", "dry"), ("none", "dog"), (0, 9), (-1, 0), "dry", ("dry",), 3, None):
+        assert other not in space
+    assert all(pair in space.open_world() for pair in space)

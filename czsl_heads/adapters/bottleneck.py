@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from czsl_heads._checks import check_integer, check_positive, check_range
+from czsl_heads.encoders.blocks import has_hooks
 from czsl_heads.encoders.protocol import Encoder, Tower, check_encoder
 
 _PARTS = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2")
@@ -23,6 +24,7 @@ class Bottleneck(nn.Module):
         dim: Of the bottleneck.
         scale: The fixed factor :math:`s`.
         dropout: Inside the bottleneck, in training.
+        device, dtype: Of the parameters, as torch's own layers take them.
 
     Shape:
         [..., width] to [..., width]; zeros at the start, since ``up_proj`` starts at zero.
@@ -39,23 +41,34 @@ class Bottleneck(nn.Module):
         Chen et al., AdaptFormer, NeurIPS 2022.
     """
 
-    def __init__(self, width: int, dim: int, *, scale: float = 0.1, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        dim: int,
+        *,
+        scale: float = 0.1,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_integer("width", width, 1)
         check_integer("dim", dim, 1)
         check_positive("scale", scale)
         check_range("dropout", dropout, 0, 1)
         self.scale, self.dropout = scale, dropout
-        self.down_proj = nn.Linear(width, dim)
-        self.up_proj = nn.Linear(dim, width)
+        self.down_proj = nn.Linear(width, dim, device=device, dtype=dtype)
+        self.up_proj = nn.Linear(dim, width, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw the lower half anew, and set all else to zero."""
         nn.init.kaiming_uniform_(self.down_proj.weight, a=math.sqrt(5))
         for zero in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
             nn.init.zeros_(zero)
 
     def forward(self, stream: Tensor) -> Tensor:
+        """Stream ``[..., width]`` to what is added to it, ``[..., width]``."""
         hidden = F.dropout(F.relu(self.down_proj(stream)), self.dropout, self.training)
         added: Tensor = self.up_proj(hidden) * self.scale
         return added
@@ -75,7 +88,8 @@ class AdaptedBlock(nn.Module):
         super().__init__()
         for name in _PARTS:
             setattr(self, name, getattr(block, name))
-        self.attn_adapter, self.mlp_adapter = (each.train(block.training) for each in (attn_adapter, mlp_adapter))
+        self.attn_adapter = attn_adapter.train(block.training)
+        self.mlp_adapter = mlp_adapter.train(block.training)
         self.training = block.training
 
     def get_weight_dtype(self) -> torch.dtype:
@@ -84,6 +98,7 @@ class AdaptedBlock(nn.Module):
         return dtype
 
     def forward(self, q_x: Tensor, k_x: None = None, v_x: None = None, attn_mask: Tensor | None = None) -> Tensor:
+        """Stream ``[batch, length, width]`` to ``[batch, length, width]``, called as open_clip calls its blocks."""
         normed = self.ln_1(q_x)
         mask = None if attn_mask is None else attn_mask.to(normed.dtype)
         attended = self.attn(normed, normed, normed, need_weights=False, attn_mask=mask)[0]
@@ -97,7 +112,7 @@ def add_bottlenecks(
 ) -> list[AdaptedBlock]:
     r"""Put two adapters into every block of a tower, in place; the model is unchanged until they are trained.
 
-    With :math:`A` and :math:`B` the adapters of a block, which see the stream without its layer norm:
+    With :math:`A` and :math:`B` the adapters of a block, which read the stream without its layer norm:
 
     .. math:: x \leftarrow x + \mathrm{attn}(\mathrm{ln}_1 x) + A(x), \quad
               x \leftarrow x + \mathrm{mlp}(\mathrm{ln}_2 x) + B(x)
@@ -133,8 +148,10 @@ def add_bottlenecks(
         _check_block(block, tower)
     for index, block in enumerate(blocks):
         weight: Tensor = block.ln_1.weight  # type: ignore[union-attr, assignment]
-        pair = [Bottleneck(len(weight), dim, scale=scale, dropout=dropout).to(weight) for _ in range(2)]
-        blocks[index] = AdaptedBlock(block, *pair)
+        options: dict[str, Any] = {"scale": scale, "dropout": dropout, "device": weight.device, "dtype": weight.dtype}
+        beside_attn = Bottleneck(len(weight), dim, **options)
+        beside_mlp = Bottleneck(len(weight), dim, **options)
+        blocks[index] = AdaptedBlock(block, beside_attn, beside_mlp)
     return list(blocks)  # type: ignore[arg-type]
 
 
@@ -145,7 +162,7 @@ def _check_block(block: Any, tower: Tower) -> None:
         raise ValueError(f"expected a {tower} tower without bottleneck adapters, got one that has them already")
     if type(block) is not ResidualAttentionBlock:
         raise TypeError(f"expected blocks of open_clip's ResidualAttentionBlock, got {type(block).__name__}")
-    if "forward" in vars(block) or block._forward_hooks or block._forward_pre_hooks:
+    if has_hooks(block):
         raise ValueError(
             f"expected a {tower} tower without hooks on its blocks, which are replaced; add them afterwards"
         )

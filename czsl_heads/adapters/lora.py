@@ -1,25 +1,17 @@
-"""Low-rank adaptation of the blocks of a tower, computed beside the frozen weights and never through them.
-
-``in_proj_weight`` of ``nn.MultiheadAttention`` is one fused matrix. Adding to it before the product would give a
-gradient of its full shape, so the attention is replaced by one of the same parameter names that computes
-``x W + s (dropout(x) A) B`` for each of its matrices.
-"""
+"""Low-rank adaptation of the blocks of a tower: put in, folded into the weights, taken out."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, get_args
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from czsl_heads._checks import check_choice, check_integer, check_positive, check_range
+from czsl_heads._checks import check_choice, check_integer, check_kind, check_positive, check_range
+from czsl_heads.adapters.lora_layers import ATTENTION, LoRAAttention, LoRALinear, Matrix, Mergeable
+from czsl_heads.encoders.blocks import has_hooks, is_plain_attention
 from czsl_heads.encoders.protocol import Encoder, Tower, check_encoder
 
-Matrix = Literal["q", "k", "v", "o", "fc", "proj"]
-ATTENTION: tuple[Matrix, ...] = ("q", "k", "v", "o")
 MLP: dict[str, str] = {"fc": "c_fc", "proj": "c_proj"}
 
 
@@ -35,6 +27,9 @@ def add_lora(
 ) -> list[LoRAAttention | LoRALinear]:
     """Put low-rank adapters into the blocks of a tower, in place; the model is unchanged until they are trained.
 
+    :func:`merge_lora` and :func:`unmerge_lora` fold them into the weights and take them out again, for inference;
+    :func:`remove_lora` puts the plain layers back.
+
     Args:
         encoder: A wrapped CLIP with open_clip's residual blocks.
         matrices: Which weights: ``q k v o`` of the attention, ``fc proj`` of the MLP.
@@ -48,7 +43,8 @@ def add_lora(
         The new modules. Their weights of the base model keep names and ``requires_grad``; the low-rank ones train.
 
     Raises:
-        ValueError: An option is unknown, empty or out of range, or a block is adapted already.
+        ValueError: An option is unknown, empty or out of range, a block is adapted already, or a layer that would be
+            replaced has hooks, which would be lost.
         TypeError: ``encoder`` is no Encoder, an option has another type, or a block is of another kind than
             open_clip's ``ResidualAttentionBlock``.
 
@@ -75,23 +71,129 @@ def add_lora(
     if alpha is not None:
         check_positive("alpha", alpha)
     check_range("dropout", dropout, 0, 1)
+
     blocks = encoder.blocks(tower)
     chosen: list[Any] = [blocks[index] for index in _layer_indices(layers, len(blocks))]
+    of_attention = [matrix for matrix in ATTENTION if matrix in matrices]
+    of_mlp = [name for matrix, name in MLP.items() if matrix in matrices]
     for block in chosen:
-        _check_block(block, tower)
+        _check_block(block, tower, bool(of_attention), of_mlp)
 
-    delta: dict[str, Any] = {"rank": rank, "scale": (rank if alpha is None else alpha) / rank, "dropout": dropout}
+    scale = 1.0 if alpha is None else alpha / rank
+    delta: dict[str, Any] = {"rank": rank, "scale": scale, "dropout": dropout}
     added: list[LoRAAttention | LoRALinear] = []
     for block in chosen:
-        attention = [matrix for matrix in ATTENTION if matrix in matrices]
-        if attention:
-            block.attn = LoRAAttention(block.attn, attention, **delta)
+        if of_attention:
+            block.attn = LoRAAttention(block.attn, of_attention, **delta)
             added.append(block.attn)
-        for matrix in (matrix for matrix in MLP if matrix in matrices):
-            adapted = LoRALinear(getattr(block.mlp, MLP[matrix]), **delta)
-            setattr(block.mlp, MLP[matrix], adapted)
+        for name in of_mlp:
+            adapted = LoRALinear(getattr(block.mlp, name), **delta)
+            setattr(block.mlp, name, adapted)
             added.append(adapted)
     return added
+
+
+def merge_lora(encoder: Encoder, *, tower: Tower | None = None) -> None:
+    """Fold all updates into the weights, in place, so that the encoder costs what it does without LoRA.
+
+    What is merged already stays so. In training mode merged layers raise when they are called, for their updates would
+    get no gradient. A state dict still holds the weights before merging, beside the updates.
+
+    Args:
+        encoder: A wrapped CLIP that :func:`add_lora` changed.
+        tower: ``"vision"`` or ``"text"``; default: both.
+
+    Raises:
+        ValueError: There is no LoRA, or ``tower`` is unknown.
+        TypeError: ``encoder`` is no Encoder.
+
+    Example:
+        >>> from czsl_heads import add_lora, wrap
+        >>> encoder = wrap("tiny")
+        >>> adapted = add_lora(encoder, layers=2)
+        >>> merge_lora(encoder)
+        >>> [module.merged for module in adapted]
+        [True, True]
+
+    References:
+        Hu et al., LoRA, ICLR 2022, section 4.1 (no latency at inference).
+    """
+    for _, _, adapted in _adapted(encoder, tower):
+        adapted.merge()
+
+
+def unmerge_lora(encoder: Encoder, *, tower: Tower | None = None) -> None:
+    """Take merged updates out of the weights again, which are then what they were before, to the bit.
+
+    What is not merged stays as it is. Arguments and errors as in :func:`merge_lora`.
+
+    Example:
+        >>> from czsl_heads import add_lora, merge_lora, wrap
+        >>> encoder = wrap("tiny")
+        >>> adapted = add_lora(encoder, layers=2)
+        >>> merge_lora(encoder)
+        >>> unmerge_lora(encoder)
+        >>> [module.merged for module in adapted]
+        [False, False]
+    """
+    for _, _, adapted in _adapted(encoder, tower):
+        adapted.unmerge()
+
+
+def remove_lora(encoder: Encoder, *, merge: bool = False, tower: Tower | None = None) -> None:
+    """Take the adapters out, in place: plain ``nn.MultiheadAttention`` and ``nn.Linear`` stand there again.
+
+    They have the very parameters of the base model, so that dtype, device and ``requires_grad`` are those of now, and
+    the mode (train or eval) of what they replace. :func:`add_lora` may follow.
+
+    Args:
+        encoder: A wrapped CLIP that :func:`add_lora` changed.
+        merge: Leave the updates in the weights (PEFT's ``merge_and_unload``). Otherwise the weights are those before
+            LoRA, to the bit (PEFT's ``unload``), unless they were trained, too.
+        tower: ``"vision"`` or ``"text"``; default: both.
+
+    Raises:
+        ValueError: There is no LoRA, an adapted layer has hooks, which would be lost, or ``tower`` is unknown.
+        TypeError: ``encoder`` is no Encoder, or ``merge`` no bool.
+
+    Example:
+        >>> from czsl_heads import add_lora, wrap
+        >>> encoder = wrap("tiny")
+        >>> adapted = add_lora(encoder)
+        >>> remove_lora(encoder)
+        >>> type(encoder.blocks("vision")[0].attn).__name__, any(p.requires_grad for p in encoder.parameters())
+        ('MultiheadAttention', False)
+    """
+    check_kind("merge", merge, bool)
+    places = _adapted(encoder, tower)
+    for _, _, adapted in places:
+        if has_hooks(adapted):
+            raise ValueError(
+                f"expected LoRA without hooks, which would be lost with it, got hooks on a {type(adapted).__name__}; "
+                f"remove them first"
+            )
+    for parent, name, adapted in places:
+        if merge:
+            adapted.merge()
+        else:
+            adapted.unmerge()
+        setattr(parent, name, adapted.plain())
+
+
+def _adapted(encoder: Encoder, tower: Tower | None) -> list[tuple[nn.Module, str, Mergeable]]:
+    """All adapted layers, each with the module that holds it and its name there; ValueError if there is none."""
+    check_encoder("encoder", encoder)
+    towers: tuple[Tower, ...] = get_args(Tower) if tower is None else (tower,)
+    places: list[tuple[nn.Module, str, Mergeable]] = []
+    for each in towers:
+        for parent in encoder.blocks(each).modules():
+            for name, child in parent.named_children():
+                if isinstance(child, Mergeable):
+                    places.append((parent, name, child))
+    if not places:
+        where = "an encoder" if tower is None else f"a {tower} tower"
+        raise ValueError(f"expected {where} with LoRA, as `add_lora` makes it, got one without")
+    return places
 
 
 def _layer_indices(layers: int | Sequence[int] | None, depth: int) -> list[int]:
@@ -109,184 +211,29 @@ def _layer_indices(layers: int | Sequence[int] | None, depth: int) -> list[int]:
     return indices
 
 
-def _check_block(block: Any, tower: str) -> None:
+def _check_block(block: Any, tower: Tower, of_attention: bool, of_mlp: list[str]) -> None:
+    """Raise unless a block has what add_lora would replace: its attention, and layers of its MLP by name."""
     attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
     parts = [getattr(mlp, name, None) for name in MLP.values()]
-    if isinstance(attention, LoRAAttention) or any(isinstance(part, LoRALinear) for part in parts):
+    if any(isinstance(part, Mergeable) for part in (attention, *parts)):
         raise ValueError(f"expected a {tower} tower without LoRA, got one that is adapted already")
     if not isinstance(attention, nn.MultiheadAttention) or None in parts:
         raise TypeError(
             f"expected blocks with nn.MultiheadAttention and an MLP of c_fc, c_proj, got {type(block).__name__}"
         )
-    if attention.in_proj_weight is None or attention.bias_k is not None:
-        raise TypeError("expected an attention with one fused in_proj_weight and no bias_k, got another layout")
-
-
-class _Delta(nn.Module):
-    """``x`` to ``scale * (dropout(x) A) B``; ``B`` starts at zero."""
-
-    def __init__(self, weight: Tensor, *, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        rows, columns = weight.shape
-        self.a = nn.Parameter(torch.empty(rank, columns, dtype=weight.dtype, device=weight.device))
-        self.b = nn.Parameter(torch.zeros(rows, rank, dtype=weight.dtype, device=weight.device))
-        self.scale, self.dropout = scale, dropout
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        inputs = F.dropout(inputs, self.dropout, self.training)
-        return self.scale * F.linear(F.linear(inputs, self.a), self.b)
-
-    def matrix(self) -> Tensor:
-        return self.scale * (self.b @ self.a)
-
-
-class _Mergeable(nn.Module):
-    """Weights that the updates can be folded into, for inference, and taken out of again to the bit.
-
-    Merged updates would get no gradient: a forward pass in training mode then raises ValueError. While merged, a state
-    dict still holds the weights before merging, so that checkpoints mean one thing.
-    """
-
-    deltas: nn.ModuleDict
-    _unmerged: dict[str, Tensor]
-
-    def _targets(self) -> dict[str, tuple[str, Tensor, Tensor]]:
-        """For each update: the name of its weight, the weight, and the rows of it that the update changes."""
-        raise NotImplementedError
-
-    @property
-    def merged(self) -> bool:
-        return bool(self._unmerged)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the updates into the weights: the forward pass then costs what the base model's does."""
-        if not self.merged:
-            targets = self._targets()
-            self._unmerged = {name: weight.detach().clone() for name, weight, _ in targets.values()}
-            for matrix, (_, _, rows) in targets.items():
-                rows += self._delta(matrix).matrix()
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restore the weights as they were before :meth:`merge`, bit for bit."""
-        for name, weight, _ in self._targets().values():
-            if name in self._unmerged:
-                weight.copy_(self._unmerged[name])
-        self._unmerged = {}
-
-    def _delta(self, matrix: str) -> _Delta:
-        delta = self.deltas[matrix]
-        assert isinstance(delta, _Delta)
-        return delta
-
-    def add_delta(self, matrix: str, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """``outputs`` of the weights for ``inputs``, with what the update of a matrix adds, if it has one."""
-        if self.merged and self.training:
-            raise ValueError("expected updates unmerged in training mode, got merged ones, which would not train")
-        if matrix not in self.deltas or self.merged:
-            return outputs
-        added: Tensor = self.deltas[matrix](inputs)
-        return outputs + added
-
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        state = super().state_dict(*args, prefix=prefix, **kwargs)
-        for name, weight in self._unmerged.items():
-            state[prefix + name] = weight
-        return state
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
-
-
-class LoRALinear(_Mergeable):
-    """A linear layer with a low-rank update beside it; ``weight`` and ``bias`` are the base layer's own."""
-
-    def __init__(self, base: nn.Linear, *, rank: int, scale: float, dropout: float) -> None:
-        super().__init__()
-        self.weight, self.bias, self._unmerged = base.weight, base.bias, {}
-        self.deltas = nn.ModuleDict({"w": _Delta(base.weight, rank=rank, scale=scale, dropout=dropout)})
-        self.train(base.training)
-
-    def _targets(self) -> dict[str, tuple[str, Tensor, Tensor]]:
-        return {"w": ("weight", self.weight, self.weight)}
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.add_delta("w", inputs, F.linear(inputs, self.weight, self.bias))
-
-
-class LoRAAttention(_Mergeable):
-    """``nn.MultiheadAttention`` with low-rank updates beside q, k, v or the output projection.
-
-    Takes over the parameters of the base module under their own names, and its call as open_clip makes it. With
-    ``need_weights`` it also returns how much each position reads of each other one: ``[batch, length, length]``, the
-    mean over heads, or ``[batch, heads, length, length]`` without ``average_attn_weights``; before dropout.
-    """
-
-    def __init__(
-        self, base: nn.MultiheadAttention, matrices: Sequence[Matrix], *, rank: int, scale: float, dropout: float
-    ) -> None:
-        super().__init__()
-        self.in_proj_weight, self.in_proj_bias, self.out_proj = base.in_proj_weight, base.in_proj_bias, base.out_proj
-        self.embed_dim, self.num_heads, self.batch_first = base.embed_dim, base.num_heads, base.batch_first
-        self.attention_dropout, self._unmerged = base.dropout, {}
-        square = base.out_proj.weight
-        self.deltas = nn.ModuleDict(
-            {matrix: _Delta(square, rank=rank, scale=scale, dropout=dropout) for matrix in matrices}
+    replaced: list[nn.Module] = [attention] if of_attention else []
+    if of_attention and not is_plain_attention(attention):
+        raise TypeError(
+            "expected an nn.MultiheadAttention with one fused in_proj_weight and no bias_k, got another layout"
         )
-        self.train(base.training)
-
-    def _targets(self) -> dict[str, tuple[str, Tensor, Tensor]]:
-        dim = self.embed_dim
-        fused = {matrix: self.in_proj_weight[i * dim : (i + 1) * dim] for i, matrix in enumerate(("q", "k", "v"))}
-        targets: dict[str, tuple[str, Tensor, Tensor]] = {
-            matrix: ("in_proj_weight", self.in_proj_weight, rows) for matrix, rows in fused.items()
-        }
-        targets["o"] = ("out_proj.weight", self.out_proj.weight, self.out_proj.weight)
-        return {matrix: target for matrix, target in targets.items() if matrix in self.deltas}
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        same = key is query and value is query  # which the views below would hide
-        if not self.batch_first:
-            query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-        if same:
-            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        else:
-            weights, biases = self.in_proj_weight.chunk(3), self._bias_chunks()
-            projected = tuple(map(F.linear, (query, key, value), weights, biases))
-        q, k, v = (
-            self.add_delta(matrix, inputs, outputs).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for matrix, inputs, outputs in zip(("q", "k", "v"), (query, key, value), projected)
-        )  # each [batch, heads, length, dim / heads]
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = ~attn_mask  # nn.MultiheadAttention hides where it is true, this function where it is false
-        dropout = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
-        mixed = mixed.transpose(1, 2).flatten(2)
-        out = self.add_delta("o", mixed, self.out_proj(mixed))
-        out = out if self.batch_first else out.transpose(0, 1)
-        if not need_weights:
-            return out, None
-        shares = _attention_weights(q, k, attn_mask)
-        return out, shares.mean(dim=1) if average_attn_weights else shares
-
-    def _bias_chunks(self) -> tuple[Tensor | None, ...]:
-        return (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-
-
-def _attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """What the fused attention weighs its values by, before dropout: ``[batch, heads, length, length]``."""
-    logits = query @ key.mT / math.sqrt(query.shape[-1])
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-    return logits.softmax(dim=-1)
+    for name in of_mlp:
+        layer = getattr(mlp, name)
+        if type(layer) is not nn.Linear:
+            raise TypeError(f"expected an MLP whose {name} is an nn.Linear, got {type(layer).__name__}")
+        replaced.append(layer)
+    for layer in replaced:
+        if has_hooks(layer):
+            raise ValueError(
+                f"expected a {tower} tower without hooks on what LoRA replaces, got hooks on a {type(layer).__name__}; "
+                f"add them afterwards"
+            )

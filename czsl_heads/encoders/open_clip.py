@@ -109,6 +109,8 @@ class OpenClipEncoder(nn.Module):
             TypeError, ValueError: ``images`` is no float tensor, or of another shape.
         """
         self._check_images(images)
+        if len(images) == 0:
+            return self.encode_tokens(_one_blank(images), checkpoint=checkpoint)[:0]
         hidden = self._visual._embeds(images)
         if checkpoint and torch.is_grad_enabled():
             for block in self.blocks("vision"):
@@ -124,6 +126,8 @@ class OpenClipEncoder(nn.Module):
         Arguments and errors as in :meth:`encode_tokens`.
         """
         self._check_images(images)
+        if len(images) == 0:
+            return self.encode_images(_one_blank(images))[:0]
         features: Tensor = self.model.encode_image(images)
         return features
 
@@ -306,3 +310,8 @@ def _default_tokenizer(text: Any) -> Callable[[list[str]], Tensor]:
         )
     tokenizer: Callable[[list[str]], Tensor] = SimpleTokenizer(context_length=text.context_length)
     return tokenizer
+
+
+def _one_blank(images: Tensor) -> Tensor:
+    """One image in place of none, which open_clip cannot reshape."""
+    return images.new_zeros(1, *images.shape[1:])

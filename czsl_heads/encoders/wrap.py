@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from czsl_heads.encoders.open_clip import OpenClipEncoder
-from czsl_heads.encoders.protocol import Encoder, check_encoder
+from czsl_heads.encoders.protocol import check_encoder
 from czsl_heads.encoders.tiny import load_tiny
 
 ENCODERS = "czsl_heads.encoders"  # the group of entry points by which other packages bring encoders
@@ -34,7 +34,8 @@ def wrap(
         tokenizer: Strings to token ids, for a model object whose vocabulary is not OpenAI's.
 
     Returns:
-        The encoder, in the mode (train or eval) of the model; models made by name are in eval mode.
+        The encoder, in the mode (train or eval) of the model; models made by name are in eval mode. What is an encoder
+        already, a compiled one too, is returned itself.
 
     A package brings an encoder by an entry point of the group ``czsl_heads.encoders``: a function from the TAG (``""``
     without one) to what this function takes, an Encoder or an open_clip model.
@@ -57,7 +58,7 @@ def wrap(
         return OpenClipEncoder(model, tokenizer=tokenizer or named_tokenizer, frozen=frozen)
     if not isinstance(model_or_name, nn.Module):
         raise TypeError(f"expected `model_or_name` to be a CLIP model or a name, got {type(model_or_name).__name__}")
-    if isinstance(model_or_name, Encoder):
+    if _is_encoder(model_or_name):
         return _as_it_is(model_or_name, frozen, tokenizer)
     import open_clip
 
@@ -81,9 +82,17 @@ def _brought(name: str) -> EntryPoint | None:
     return next(iter(found.values()))
 
 
+def _is_encoder(model: nn.Module) -> bool:
+    """From Python 3.12 on, isinstance would not see what a compiled encoder passes on."""
+    try:
+        check_encoder("model_or_name", model)
+    except TypeError:
+        return False
+    return True
+
+
 def _as_it_is(encoder: Any, frozen: bool, tokenizer: object) -> Any:
     """An Encoder is wrapped already."""
-    check_encoder("model_or_name", encoder)
     if tokenizer is not None:
         raise ValueError("expected no `tokenizer` with an Encoder, which has its own, got one")
     return encoder.requires_grad_(False) if frozen else encoder

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from czsl_heads._checks import check_choice, check_positive, check_range, check_shapes, check_tensor
 from czsl_heads.functional.maxsim import maxsim
 from czsl_heads.functional.precision import no_autocast, score_dtype
+from czsl_heads.functional.unit import unit_vectors
 
 Reduction = Literal["max", "topk", "logsumexp", "mean", "cls"]
 REDUCTIONS: tuple[Reduction, ...] = ("max", "topk", "logsumexp", "mean", "cls")
@@ -76,7 +76,7 @@ def alignment(
         )
 
     dtype = score_dtype(tokens, texts)
-    tokens, texts = F.normalize(tokens.to(dtype), dim=-1), F.normalize(texts.to(dtype), dim=-1)
+    tokens, texts = unit_vectors(tokens, dtype), unit_vectors(texts, dtype)
     cls = maxsim(tokens[:, :1], texts) if reduce == "cls" or cls_weight > 0 else None
     if cls is not None and (reduce == "cls" or cls_weight == 1):
         return cls

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from czsl_heads._checks import check_integer, check_shapes, check_tensor
 from czsl_heads.functional.precision import score_dtype
+from czsl_heads.functional.unit import row_sums_in_place
 
 # Columns that a CPU holds in its cache for a batch of usual size, where all pairs of an open world would not fit.
 CACHED_COLUMNS = 2048
@@ -135,7 +136,7 @@ def prediction_entropy(probs: Tensor) -> Tensor:
             columns = F.pad(columns, (0, width - columns.shape[1]))
         columns = columns.to(dtype)
         total = torch.addcmul(total, columns, columns.clamp(min=torch.finfo(dtype).tiny).log(), value=-1)
-    return _row_sums_in_place(total)
+    return row_sums_in_place(total)
 
 
 def first_argmax(probs: Tensor) -> Tensor:
@@ -166,37 +167,3 @@ def first_true(mask: Tensor, count: int) -> Tensor:
     place = torch.arange(len(mask), device=mask.device)
     found = place.new_full((count + 1,), len(mask))
     return found.scatter(0, rank.where(mask & (rank < count), count), place)[:count]
-
-
-def unit_rows(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale rows to length one; a row gives the same bits whatever rows stand beside it.
-
-    Args:
-        vectors: ``[batch, dim]``.
-
-    Returns:
-        The unit rows, float64 if ``vectors`` is, else float32, and a bool ``[batch]``: True where there is a
-        direction, that is a length above zero and finite. Other rows are left without meaning.
-
-    Raises:
-        TypeError, ValueError: ``vectors`` is no float tensor of two axes, or has no column.
-
-    Example:
-        >>> unit_rows(torch.tensor([[3.0, 4.0], [1.0, torch.nan]]))[1]
-        tensor([ True, False])
-    """
-    check_tensor("vectors", vectors)
-    check_integer("vectors.shape[1]", check_shapes(vectors=(vectors, "batch dim"))["dim"], 1)
-    vectors = vectors.to(score_dtype(vectors))
-    length = _row_sums_in_place(vectors * vectors).sqrt()
-    return vectors / length[:, None], (length > 0) & length.isfinite()
-
-
-def _row_sums_in_place(values: Tensor) -> Tensor:
-    """Sums over the last axis by halving: the order of torch's own sum depends, on a GPU, on the number of rows."""
-    size = values.shape[1]
-    while size > 1:
-        half = (size + 1) // 2
-        values[:, : size - half] += values[:, half:size]
-        size = half
-    return values[:, 0].clone()

@@ -1,8 +1,8 @@
 """Which pairs of the open world can be: how close they are to seen ones, and the threshold below which they are masked.
 
-The search of the threshold needs no pass of its own for each trial. A trial masks all unseen pairs below it, so unseen
-pairs are told apart by the last trial that keeps them, the best rival of each such bucket is gathered once, and the
-rivals of a trial are the best ones of the buckets from its own on.
+The search of the threshold needs no pass of its own for each trial. A trial masks all unseen pairs below it. So unseen
+pairs are put into buckets, by the last trial that keeps them. The best wrong score of each bucket is found once, and
+the best one that a trial leaves is the best of the buckets from its own on.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from czsl_heads._checks import check_choice, check_integer, check_range, check_shapes, check_tensor
-from czsl_heads.functional.evidence import Evidence, PairColumns, Scores, gather_evidence, merged
 from czsl_heads.functional.precision import no_autocast, score_dtype
-from czsl_heads.functional.protocol import Halves, Protocol, area_under_curve, finite_or_none, split_evidence
+from czsl_heads.functional.protocol import Protocol, SeenUnseen, area_under_curve, finite_or_none, split_by_seen
+from czsl_heads.functional.score_statistics import PairColumns, Scores, ScoreStatistics, score_statistics
+from czsl_heads.functional.score_statistics_op import merged
+from czsl_heads.functional.unit import unit_vectors
 
 Masking = Literal["clean", "official"]
 
@@ -43,6 +45,10 @@ class FeasibilityCurve:
     kept: Tensor
     threshold: float
     auc_unmasked: float
+
+    def scalars(self) -> dict[str, float]:
+        """The threshold, its area as ``auc`` and ``auc_unmasked``, for loggers; NaN where there is none."""
+        return {"threshold": self.threshold, "auc": self.auc.max().item(), "auc_unmasked": self.auc_unmasked}
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain numbers and lists, ready for JSON, which has no NaN: None here."""
@@ -98,7 +104,7 @@ def _closest_seen(name: str, vectors: Tensor, seen: Tensor) -> Tensor:
     """For each row of ``seen`` [rows, n] and each vector [n, dim] the highest cosine with a vector seen in that row."""
     _check_finite(name, vectors)
     with no_autocast(vectors.device):
-        vectors = F.normalize(vectors, dim=1)
+        vectors = unit_vectors(vectors)
         cosines = vectors @ vectors.mT
     floor = cosines.new_full((1, len(cosines)), -1.0)
     # Row by row: of C-GQA's attributes x objects x objects there are 188 million.
@@ -242,14 +248,14 @@ def search_threshold(
     search = ThresholdSearch(
         pair_attr, pair_obj, seen_mask, eval_mask, feasibility, masking=masking, steps=steps, protocol=protocol
     )
-    return search.curve(gather_evidence(scores, target_pair, search.columns, topk=topk))
+    return search.curve(score_statistics(scores, target_pair, search.columns, topk=topk))
 
 
 class ThresholdSearch:
     """What a search knows before it sees a score, checked once; see :func:`search_threshold`.
 
     Attributes:
-        columns: For :func:`~czsl_heads.functional.evidence.gather_evidence`, a bucket for each threshold.
+        columns: For :func:`~czsl_heads.functional.score_statistics.score_statistics`, a bucket for each threshold.
     """
 
     def __init__(
@@ -273,13 +279,13 @@ class ThresholdSearch:
         bucket = last_kept.masked_fill(self.seen, 0)
         self.columns = PairColumns(pair_attr, pair_obj, seen_mask, eval_mask, bucket=bucket, num_buckets=steps)
 
-    def curve(self, evidence: Evidence) -> FeasibilityCurve:
-        """The areas, and the best, from the evidence of all samples."""
-        halves = split_evidence(evidence, self.seen)
+    def curve(self, statistics: ScoreStatistics) -> FeasibilityCurve:
+        """The areas, and the best, from the statistics of all samples."""
+        samples = split_by_seen(statistics, self.seen)
         thresholds = self.thresholds.tolist()
-        trials = zip(self._trials(halves.seen), self._trials(halves.unseen))
-        areas = [area_under_curve(Halves(*trial), self.protocol) for trial in trials]
-        unmasked = Halves(*(_against(half, _rivals_kept(half)[0]) for half in halves))
+        trials = zip(self._trials(samples.seen), self._trials(samples.unseen))
+        areas = [area_under_curve(SeenUnseen(*trial), self.protocol) for trial in trials]
+        unmasked = SeenUnseen(*(_with_unseen(group, _negatives_kept(group)[0]) for group in samples))
         return FeasibilityCurve(
             thresholds=self.thresholds,
             auc=torch.tensor(areas, dtype=torch.float64),
@@ -288,39 +294,47 @@ class ThresholdSearch:
             auc_unmasked=area_under_curve(unmasked, self.protocol),
         )
 
-    def _trials(self, half: Evidence) -> Iterator[Evidence]:
-        """The evidence of the scores masked at each threshold, of samples of seen or of unseen pairs."""
-        kept, masked = _rivals_kept(half), _rivals_masked(half)
-        seen, ratings = self.seen[half.target], self.ratings[half.target]
+    def _trials(self, group: ScoreStatistics) -> Iterator[ScoreStatistics]:
+        """The statistics of the scores masked at each threshold, of samples of seen or of unseen pairs."""
+        kept, masked = _negatives_kept(group), _negatives_masked(group)
+        seen, ratings = self.seen[group.target], self.ratings[group.target]
         for threshold, above, below in zip(self.thresholds.tolist(), kept, masked):
             infeasible = ~seen & (ratings < threshold)
             if self.masking == "clean":
-                yield _against(half._replace(score=half.score.masked_fill(infeasible, -torch.inf)), above)
+                score = group.score.masked_fill(infeasible, -torch.inf)
+                yield _with_unseen(group._replace(score=score), above)
             else:
-                yield _as_official(half, infeasible, seen, threshold, merged(above, _zeroed(below)))
+                yield _as_official(group, infeasible, seen, threshold, merged(above, _zeroed(below)))
 
 
-def _rivals_kept(half: Evidence) -> list[Tensor]:
-    """At each threshold the best rivals before and after the true column ``[n, 2, k]`` among unseen pairs kept."""
-    buckets = half.rivals[:, 2:].unflatten(1, (-1, 2)).unbind(dim=1)
-    return [*accumulate(reversed(buckets), merged)][::-1]
+def _negatives_kept(group: ScoreStatistics) -> list[Tensor]:
+    """At each threshold the best negatives before and after the true column ``[n, 2, k]`` among unseen pairs kept."""
+    return [*accumulate(reversed(_buckets(group)), merged)][::-1]
 
 
-def _rivals_masked(half: Evidence) -> list[Tensor]:
+def _negatives_masked(group: ScoreStatistics) -> list[Tensor]:
     """The same among those masked."""
-    buckets = half.rivals[:, 2:].unflatten(1, (-1, 2)).unbind(dim=1)
+    buckets = _buckets(group)
     return [torch.full_like(buckets[0], -torch.inf), *accumulate(buckets[:-1], merged)]
 
 
-def _against(half: Evidence, of_unseen: Tensor) -> Evidence:
-    return half._replace(rivals=torch.cat([half.rivals[:, :2], of_unseen], dim=1))
+def _buckets(group: ScoreStatistics) -> tuple[Tensor, ...]:
+    """The negatives of each bucket of unseen pairs, ``[n, 2, k]``."""
+    return rearrange(group.negatives[:, 2:], "n (buckets sides) k -> buckets n sides k", sides=2).unbind()
 
 
-def _as_official(half: Evidence, infeasible: Tensor, seen: Tensor, threshold: float, of_unseen: Tensor) -> Evidence:
+def _with_unseen(group: ScoreStatistics, of_unseen: Tensor) -> ScoreStatistics:
+    """With other negatives among unseen pairs."""
+    return group._replace(negatives=torch.cat([group.negatives[:, :2], of_unseen], dim=1))
+
+
+def _as_official(
+    group: ScoreStatistics, infeasible: Tensor, seen: Tensor, threshold: float, of_unseen: Tensor
+) -> ScoreStatistics:
     factor = 2.0 if threshold <= 0 else 1.0
-    score = torch.where(infeasible, _zeroed(half.score), half.score) * torch.where(seen, factor, 1.0)
-    rivals = torch.cat([half.rivals[:, :2] * factor, of_unseen], dim=1)
-    return half._replace(score=score, rivals=rivals, best_seen=half.best_seen * factor)
+    score = torch.where(infeasible, _zeroed(group.score), group.score) * torch.where(seen, factor, 1.0)
+    negatives = torch.cat([group.negatives[:, :2] * factor, of_unseen], dim=1)
+    return group._replace(score=score, negatives=negatives, best_seen=group.best_seen * factor)
 
 
 def _zeroed(scores: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from czsl_heads._checks import check_range, check_shapes, check_tensor
+from czsl_heads._checks import check_index, check_range, check_shapes, check_tensor
 
 
 def combine(pair_probs: Tensor, attr_probs: Tensor, obj_probs: Tensor, pairs: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def combine(pair_probs: Tensor, attr_probs: Tensor, obj_probs: Tensor, pairs: Te
         Scores ``[batch, pairs]``.
 
     Raises:
-        TypeError, ValueError: A dtype or shape does not fit.
+        TypeError, ValueError: A dtype or shape does not fit, or an index is out of range; negative ones are.
 
     Example:
         >>> combine(torch.tensor([[0.5]]), torch.tensor([[0.2, 0.8]]), torch.tensor([[1.0]]), torch.tensor([[1, 0]]))
@@ -41,8 +41,10 @@ def combine(pair_probs: Tensor, attr_probs: Tensor, obj_probs: Tensor, pairs: Te
         obj_probs=(obj_probs, "batch objs"),
         pairs=(pairs, "pairs 2"),
     )
-    pairs = pairs.to(pair_probs.device)
-    return pair_probs + attr_probs[:, pairs[:, 0]] * obj_probs[:, pairs[:, 1]]
+    attributes, objects = pairs.to(pair_probs.device).unbind(dim=1)
+    check_index("pairs[:, 0]", attributes, attr_probs.shape[1])
+    check_index("pairs[:, 1]", objects, obj_probs.shape[1])
+    return pair_probs + attr_probs[:, attributes] * obj_probs[:, objects]
 
 
 def fuse(sa: Tensor, vac: Tensor, bank: Tensor | None, *, beta: float, gamma: float) -> Tensor:

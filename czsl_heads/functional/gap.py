@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from czsl_heads._checks import check_shapes, check_tensor
+from czsl_heads.functional.unit import wide_unit_rows
 
 FLOOR = 1e-3  # stands in for the gap of modalities that coincide, as in the released code
 
@@ -110,14 +111,3 @@ def _within(labels: Tensor, num_texts: int) -> Tensor:
     if len(outside):
         raise ValueError(f"expected `labels` to be in [0, {num_texts}), got {int(outside[0])}")
     return labels
-
-
-def wide_unit_rows(name: str, vectors: Tensor) -> Tensor:
-    """Rows of norm one in the widest float of the device."""
-    vectors = vectors.to(torch.float32 if vectors.device.type == "mps" else torch.float64)
-    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-    zero = (norms[:, 0] == 0).nonzero()
-    if len(zero):
-        raise ValueError(f"expected `{name}` without zero vectors, got one in row {int(zero[0])}")
-    unit: Tensor = vectors / norms
-    return unit

@@ -1,9 +1,10 @@
 """The field's evaluation: accuracy on seen and on unseen pairs while a bias for the unseen ones sweeps.
 
 The sweep needs few numbers of each sample, whatever the number of pairs: the score of the true pair and, among seen and
-among unseen candidates, the best scores before and after its column (a tie goes to the lower column, so the side
-matters). Adding a bias in float32 is monotone, so the best score stays the best, and what collapses at a bias of 1e3
-collapses here too. Hence :class:`~czsl_heads.functional.evidence.Evidence`, and here its :func:`sweep`.
+among unseen candidates, the best wrong scores before and after its column. A tie goes to the lower column, so the side
+matters. Adding a bias in float32 is monotone: the best score stays the best, and what collapses at a bias of 1e3
+collapses here too. :func:`~czsl_heads.functional.score_statistics.score_statistics` finds these numbers in one pass
+over the scores, and :func:`sweep` here makes the curve of them.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor
 
 from czsl_heads._checks import check_choice
-from czsl_heads.functional.evidence import FIRST_BIAS, Evidence, PairColumns, Scores, gather_evidence
+from czsl_heads.functional.score_statistics import PairColumns, Scores, ScoreStatistics, score_statistics
+from czsl_heads.functional.score_statistics_op import FIRST_BIAS
 
 Protocol = Literal["standard", "exact"]
 
+SCALARS = ("seen", "unseen", "harmonic_mean", "auc", "hm_seen", "hm_unseen", "bias", "attr_accuracy", "obj_accuracy")
 _OFFSET = 1e-4
 _BINS = 20
 
@@ -64,6 +67,13 @@ class CZSLResult:
     unbiased: BiasPoint
     biased: BiasPoint
     curve: Tensor
+
+    def scalars(self) -> dict[str, float]:
+        """The single numbers by name, for loggers; NaN where there is none.
+
+        All attributes but ``unbiased``, ``biased`` and ``curve``.
+        """
+        return {name: getattr(self, name) for name in SCALARS}
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain numbers, dicts and lists, ready for JSON, which has no infinity and no NaN: None here."""
@@ -130,18 +140,18 @@ def czsl_scores(
         Purushwalkam et al., ICCV 2019 (the protocol); Mancini et al., CVPR 2021 (the code most papers descend from).
     """
     columns = PairColumns(pair_attr, pair_obj, seen_mask, eval_mask)
-    return sweep(gather_evidence(scores, target_pair, columns, topk=topk), seen_mask, protocol=protocol)
+    return sweep(score_statistics(scores, target_pair, columns, topk=topk), seen_mask, protocol=protocol)
 
 
-def sweep(evidence: Evidence, seen_mask: Tensor, *, protocol: Protocol = "standard") -> CZSLResult:
-    """The curve and its summary from the evidence of all samples. Arguments and errors as in :func:`czsl_scores`."""
+def sweep(statistics: ScoreStatistics, seen_mask: Tensor, *, protocol: Protocol = "standard") -> CZSLResult:
+    """The curve and its summary from the statistics of all samples. Arguments and errors as in :func:`czsl_scores`."""
     check_choice("protocol", protocol, ("standard", "exact"))
-    halves = split_evidence(evidence, seen_mask)
-    seen, unseen, biases = _CURVES[protocol](halves)
+    samples = split_by_seen(statistics, seen_mask)
+    seen, unseen, biases = _CURVES[protocol](samples)
     # The official code ranks float32 accuracies: where two points tie, their rounding decides between them.
     ranked = (seen, unseen) if protocol == "exact" else (_rounded(seen), _rounded(unseen))
     best = int(_harmonic_mean(*ranked).argmax())
-    points = _fixed_points(halves)
+    points = _fixed_points(samples)
     return CZSLResult(
         seen=float(seen.max()),
         unseen=float(unseen.max()),
@@ -158,28 +168,32 @@ def sweep(evidence: Evidence, seen_mask: Tensor, *, protocol: Protocol = "standa
     )
 
 
-class Halves(NamedTuple):
-    """Evidence of the samples of seen and of those of unseen pairs."""
+class SeenUnseen(NamedTuple):
+    """Statistics of the samples whose true pair is seen, and of those whose true pair is unseen."""
 
-    seen: Evidence
-    unseen: Evidence
+    seen: ScoreStatistics
+    unseen: ScoreStatistics
 
 
-def split_evidence(evidence: Evidence, seen_mask: Tensor) -> Halves:
+def split_by_seen(statistics: ScoreStatistics, seen_mask: Tensor) -> SeenUnseen:
     """On the CPU; ValueError if there is no sample or some scores could not be ranked."""
-    if not len(evidence.target):
+    if not len(statistics.target):
         raise ValueError("expected at least one sample, got none")
-    if evidence.score.isnan().any():
-        sample = int(evidence.score.isnan().nonzero()[0])
+    if statistics.score.isnan().any():
+        sample = int(statistics.score.isnan().nonzero()[0])
         raise ValueError(f"expected `scores` without NaN and +inf, got one in sample {sample}")
-    evidence = Evidence(*(part.cpu() for part in evidence))
-    seen_sample = seen_mask.cpu()[evidence.target]
-    return Halves(*(Evidence(*(part[half] for part in evidence)) for half in (seen_sample, ~seen_sample)))
+
+    statistics = ScoreStatistics(*(part.cpu() for part in statistics))
+    seen = seen_mask.cpu()[statistics.target]
+    return SeenUnseen(
+        ScoreStatistics(*(part[seen] for part in statistics)),
+        ScoreStatistics(*(part[~seen] for part in statistics)),
+    )
 
 
-def area_under_curve(halves: Halves, protocol: Protocol) -> float:
+def area_under_curve(samples: SeenUnseen, protocol: Protocol) -> float:
     """The area alone."""
-    seen, unseen, _ = _CURVES[protocol](halves)
+    seen, unseen, _ = _CURVES[protocol](samples)
     return _area(seen, unseen)
 
 
@@ -197,15 +211,19 @@ def _harmonic_mean(seen: np.ndarray, unseen: np.ndarray) -> np.ndarray:
     return mean
 
 
-def _fixed_points(halves: Halves) -> list[BiasPoint]:
+def _fixed_points(samples: SeenUnseen) -> list[BiasPoint]:
     """At bias 0 and at 1e3."""
     biases = torch.tensor([0.0, FIRST_BIAS])
-    seen, unseen = _seen_right(halves.seen, biases), _unseen_right(halves.unseen, biases)
-    primitives = torch.cat([half.primitives for half in halves]).permute(1, 2, 0)
-    return [
-        BiasPoint(*(_shares(hits).item() for hits in (torch.cat(pair), *pair, *parts)))
-        for *pair, parts in zip(seen, unseen, primitives)
-    ]
+    seen, unseen = _seen_right(samples.seen, biases), _unseen_right(samples.unseen, biases)
+    primitives = torch.cat([samples.seen.primitives, samples.unseen.primitives])  # [n, biases, 2]
+
+    points = []
+    for index in range(len(biases)):
+        pair = torch.cat([seen[index], unseen[index]])
+        attr, obj = primitives[:, index].unbind(dim=1)
+        shares = [_shares(hits).item() for hits in (pair, seen[index], unseen[index], attr, obj)]
+        points.append(BiasPoint(*shares))
+    return points
 
 
 def _shares(hits: Tensor) -> Tensor:
@@ -213,45 +231,45 @@ def _shares(hits: Tensor) -> Tensor:
     return hits.sum(dim=-1, dtype=torch.int32).double() / hits.shape[-1]
 
 
-def _seen_right(evidence: Evidence, biases: Tensor) -> Tensor:
+def _seen_right(statistics: ScoreStatistics, biases: Tensor) -> Tensor:
     """Whether each true pair, seen, is among the top k once a bias is added to unseen ones: bool ``[biases, n]``."""
-    return _right_against(evidence, evidence.score, biases[:, None])
+    return _right_at(statistics, statistics.score, biases[:, None])
 
 
-def _unseen_right(evidence: Evidence, biases: Tensor) -> Tensor:
+def _unseen_right(statistics: ScoreStatistics, biases: Tensor) -> Tensor:
     """The same where the true pairs are unseen."""
-    return _right_against(evidence, evidence.score + biases[:, None], biases[:, None])
+    return _right_at(statistics, statistics.score + biases[:, None], biases[:, None])
 
 
-def _right_against(evidence: Evidence, own: Tensor, bias: Tensor) -> Tensor:
+def _right_at(statistics: ScoreStatistics, own: Tensor, bias: Tensor) -> Tensor:
     """In float32, as on the whole matrix: a bias of 1e3 makes equals of scores that are close."""
-    k = evidence.rivals.shape[2]
-    ahead = torch.zeros(len(bias), len(evidence.score), dtype=torch.bool if k == 1 else torch.int32)
+    k = statistics.negatives.shape[2]
+    ahead = torch.zeros(len(bias), len(statistics.score), dtype=torch.bool if k == 1 else torch.int32)
     add = ahead.logical_or_ if k == 1 else ahead.add_  # as numbers, bools add up five times slower
-    for rank in evidence.rivals.unbind(dim=2):
+    for rank in statistics.negatives.unbind(dim=2):
         seen_before, seen_after, unseen_before, unseen_after = rank.unbind(dim=1)
         for hits in (seen_before >= own, seen_after > own, unseen_before + bias >= own, unseen_after + bias > own):
             add(hits)
-    return (~ahead if k == 1 else ahead < k) & (evidence.score > -torch.inf)
+    return (~ahead if k == 1 else ahead < k) & (statistics.score > -torch.inf)
 
 
 _Curve: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def _standard_curve(halves: Halves) -> _Curve:
-    unseen, first = halves.unseen, torch.tensor([FIRST_BIAS])
+def _standard_curve(samples: SeenUnseen) -> _Curve:
+    unseen, first = samples.unseen, torch.tensor([FIRST_BIAS])
     reachable = _unseen_right(unseen, first)[0]
     margins = (unseen.best_seen - unseen.score)[reachable] - _OFFSET
     margins = margins.sort().values
     biases = torch.cat([margins[:: max(len(margins) // _BINS, 1)], first])
-    right = _seen_right(halves.seen, biases), _unseen_right(unseen, biases)
-    return _shares(right[0]).numpy(), _shares(right[1]).numpy(), biases.numpy()
+    seen_right, unseen_right = _seen_right(samples.seen, biases), _unseen_right(unseen, biases)
+    return _shares(seen_right).numpy(), _shares(unseen_right).numpy(), biases.numpy()
 
 
-def _exact_curve(halves: Halves) -> _Curve:
+def _exact_curve(samples: SeenUnseen) -> _Curve:
     """A seen sample is right below a threshold of the bias, an unseen one above it; points lie between thresholds."""
-    seen_until = halves.seen.score.double() - _deciding_rival(halves.seen, (0, 1), (2, 3))
-    unseen_from = _deciding_rival(halves.unseen, (2, 3), (0, 1)) - halves.unseen.score.double()
+    seen_until = samples.seen.score.double() - _deciding_negative(samples.seen, (0, 1), (2, 3))
+    unseen_from = _deciding_negative(samples.unseen, (2, 3), (0, 1)) - samples.unseen.score.double()
     thresholds = torch.cat([seen_until, unseen_from])
     finite = thresholds[thresholds.isfinite()].unique()
     edges = torch.cat([finite.new_tensor([-torch.inf]), finite])
@@ -266,14 +284,14 @@ def _exact_curve(halves: Halves) -> _Curve:
 _CURVES = {"standard": _standard_curve, "exact": _exact_curve}
 
 
-def _deciding_rival(evidence: Evidence, own_sides: tuple[int, int], other_sides: tuple[int, int]) -> Tensor:
+def _deciding_negative(statistics: ScoreStatistics, own_sides: tuple[int, int], other_sides: tuple[int, int]) -> Tensor:
     """The score of the other group that must be beaten to be in the top k, given the better ones of the own group.
 
     +inf if the own group alone fills the top k (or the score is -inf): no bias helps then.
     """
-    own, k = evidence.score, evidence.rivals.shape[2]
-    before, after = evidence.rivals[:, own_sides].unbind(dim=1)
+    own, k = statistics.score, statistics.negatives.shape[2]
+    before, after = statistics.negatives[:, own_sides].unbind(dim=1)
     ahead = (before >= own[:, None]).sum(1) + (after > own[:, None]).sum(1)
-    others = evidence.rivals[:, other_sides].flatten(1).sort(dim=1, descending=True).values
+    others = statistics.negatives[:, other_sides].flatten(1).sort(dim=1, descending=True).values
     deciding = others.gather(1, (k - 1 - ahead).clamp(min=0)[:, None])[:, 0].double()
     return deciding.masked_fill((ahead >= k) | (own == -torch.inf), torch.inf)

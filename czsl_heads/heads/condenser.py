@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from czsl_heads._checks import check_integer, check_positive, check_range, check_shapes, check_tensor
 from czsl_heads.functional.precision import no_autocast, score_dtype
+from czsl_heads.functional.unit import unit_vectors
 
 
 class VACondenser(nn.Module):
@@ -28,6 +30,7 @@ class VACondenser(nn.Module):
         num_heads: Attention heads, a divisor of ``dim``; default ``max(1, dim // 64)``.
         mlp_ratio: Width of the MLP in units of ``dim``.
         dropout: Probability in [0, 1] that an element is dropped, in training.
+        device, dtype: Where and in which dtype the parameters are made.
 
     Shape:
         ``tokens`` [batch, tokens, dim], not normalised, in any order, at least one an image; to unit rows [batch, dim].
@@ -58,6 +61,8 @@ class VACondenser(nn.Module):
         num_heads: int | None = None,
         mlp_ratio: float = 4.0,
         dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_integer("dim", dim, 1)
@@ -70,10 +75,11 @@ class VACondenser(nn.Module):
         check_range("mlp_ratio * dim", mlp_ratio * dim, 1)
         check_range("dropout", dropout, 0, 1)
         self.dim, self.depth, self.num_heads, self.mlp_ratio, self.dropout = dim, depth, num_heads, mlp_ratio, dropout
-        self.query = nn.Parameter(torch.empty(dim))
-        self.token_norm = nn.LayerNorm(dim)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.query = nn.Parameter(torch.empty(dim, **made))
+        self.token_norm = nn.LayerNorm(dim, **made)
         hidden = int(mlp_ratio * dim)
-        self.blocks = nn.ModuleList(_CrossAttentionBlock(dim, num_heads, hidden, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(_CrossAttentionBlock(dim, num_heads, hidden, dropout, made) for _ in range(depth))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,12 +89,13 @@ class VACondenser(nn.Module):
                 module.reset_parameters()
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """One unit vector for each image ``[batch, dim]``, from its tokens ``[batch, tokens, dim]``."""
         self._check(tokens)
         with no_autocast(tokens.device):
             query, tokens = self._start(tokens)
             for block in self.blocks:
                 query = block(query, tokens)
-        return F.normalize(query.to(score_dtype(query)), dim=-1)
+        return unit_vectors(query)
 
     def attention(self, tokens: Tensor) -> Tensor:
         """How much of each token the last block reads, averaged over heads: ``[batch, tokens]``, rows sum to one."""
@@ -118,23 +125,24 @@ class VACondenser(nn.Module):
 class _CrossAttentionBlock(nn.Module):
     """One query of each image attends to its tokens, then passes an MLP: ``[batch, dim]`` to ``[batch, dim]``."""
 
-    def __init__(self, dim: int, num_heads: int, hidden: int, dropout: float) -> None:
+    def __init__(self, dim: int, num_heads: int, hidden: int, dropout: float, made: dict[str, Any]) -> None:
         super().__init__()
         self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
-        self.query_proj = nn.Linear(dim, dim, bias=False)
-        self.key_proj = nn.Linear(dim, dim, bias=False)
-        self.value_proj = nn.Linear(dim, dim, bias=False)
-        self.out_proj = nn.Linear(dim, dim)
-        self.mlp_norm = nn.LayerNorm(dim)
-        self.mlp_in = nn.Linear(dim, hidden)
-        self.mlp_out = nn.Linear(hidden, dim)
+        self.query_proj = nn.Linear(dim, dim, bias=False, **made)
+        self.key_proj = nn.Linear(dim, dim, bias=False, **made)
+        self.value_proj = nn.Linear(dim, dim, bias=False, **made)
+        self.out_proj = nn.Linear(dim, dim, **made)
+        self.mlp_norm = nn.LayerNorm(dim, **made)
+        self.mlp_in = nn.Linear(dim, hidden, **made)
+        self.mlp_out = nn.Linear(hidden, dim, **made)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
-        asked, tokens = self._asked(query)[:, None], tokens[:, None]
+        asked = rearrange(self._asked(query), "batch heads dim -> batch 1 heads dim")
+        tokens = rearrange(tokens, "batch tokens dim -> batch 1 tokens dim")
         read = F.scaled_dot_product_attention(asked, tokens, tokens, scale=self.scale)[:, 0]  # [batch, heads, dim]
-        values = torch.einsum("bhd,hkd->bhk", read, self._per_head(self.value_proj)).flatten(1)
-        query = query + self.dropout(self.out_proj(values))
+        values = einsum(read, self._per_head(self.value_proj), "batch heads dim, heads k dim -> batch heads k")
+        query = query + self.dropout(self.out_proj(rearrange(values, "batch heads k -> batch (heads k)")))
         hidden = self.mlp_in(self.mlp_norm(query))
         hidden = self.dropout(hidden * torch.sigmoid(1.702 * hidden))  # QuickGELU
         output: Tensor = query + self.dropout(self.mlp_out(hidden))
@@ -148,9 +156,10 @@ class _CrossAttentionBlock(nn.Module):
     def _asked(self, query: Tensor) -> Tensor:
         # There is one query and many tokens, so keys and values are projected on the query's side of the products:
         # the same numbers for dim / heads times less work, and no projected copy of the tokens.
-        heads: Tensor = self.query_proj(query).unflatten(-1, (self.num_heads, -1))
-        return torch.einsum("bhk,hkd->bhd", heads, self._per_head(self.key_proj))
+        asked = rearrange(self.query_proj(query), "batch (heads k) -> batch heads k", heads=self.num_heads)
+        on_keys: Tensor = einsum(asked, self._per_head(self.key_proj), "batch heads k, heads k dim -> batch heads dim")
+        return on_keys
 
     def _per_head(self, projection: nn.Linear) -> Tensor:
-        weights: Tensor = projection.weight.unflatten(0, (self.num_heads, -1))
+        weights: Tensor = rearrange(projection.weight, "(heads k) dim -> heads k dim", heads=self.num_heads)
         return weights

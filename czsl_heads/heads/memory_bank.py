@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from czsl_heads._checks import check_choice, check_integer, check_positive, check_shapes, check_tensor
-from czsl_heads.functional.bank import (
-    arrival_ranks,
-    first_argmax,
-    first_true,
-    merge_best,
-    prediction_entropy,
-    rank_best,
-    row_counts,
-    unit_rows,
+from czsl_heads._checks import (
+    check_choice,
+    check_index,
+    check_integer,
+    check_positive,
+    check_scale,
+    check_shapes,
+    check_tensor,
 )
-from czsl_heads.functional.precision import score_dtype
-from czsl_heads.functional.retrieval import Empty, PairTexts, retrieve, retrieve_prototypes
-
-STATE = ("sizes", "features", "entropy", "pair", "count", "texts", "text_pair", "text_rank", "num_rejected")
+from czsl_heads.functional.bank import first_argmax, prediction_entropy, row_counts
+from czsl_heads.functional.retrieval import Empty, retrieve, retrieve_prototypes
+from czsl_heads.functional.slot_table import SlotTable
+from czsl_heads.functional.text_rows import TextRows, unit_texts
+from czsl_heads.functional.unit import unit_rows
+from czsl_heads.heads.bank_state import STATE, check_state
+from czsl_heads.heads.update_check import UpdateCheck
 
 
 class DynamicMemoryBank(nn.Module):
@@ -45,11 +46,12 @@ class DynamicMemoryBank(nn.Module):
         slots: Entries a row.
         temperature: Of the softmax over the entries of a row, in units of cosine.
         logit_scale: Factor from cosine to logit, positive: CLIP's 100. A scalar tensor, ``encoder.logit_scale`` say, is
-            read once. 1.0 gives cosines, for code that scales itself.
+            read once. One that is trained is refused: pass it to each call. 1.0 gives cosines.
         empty: What free slots are. ``"mask"``: nothing, and an empty row has logit -inf. ``"zero"``: zero vectors, as
             in the paper, which dilute the retrieval and draw the logit of a row with few entries towards 0; an empty
             row has 0. A bank without any entry gives zeros in both.
         normalize: Whether prototypes are scaled to unit length; zero vectors then dilute nothing.
+        device, dtype: Where entries are stored, and in which dtype.
 
     Shape:
         ``features`` [batch, dim] to logits [batch, pairs]. Inputs float32, bfloat16, float16 (computed in float32) or
@@ -66,7 +68,7 @@ class DynamicMemoryBank(nn.Module):
 
     Raises:
         ValueError: An option is unknown or out of range; in ``forward``, shapes that do not fit; in
-            ``load_state_dict``, a bank of other slots, dim or number of pairs.
+            ``load_state_dict``, a bank of other slots, dim or number of pairs, or entries that no bank can hold.
         TypeError: An option is no number, or a count no integer; in ``forward``, ``features`` is no float tensor.
 
     Example:
@@ -106,53 +108,77 @@ class DynamicMemoryBank(nn.Module):
         logit_scale: float | Tensor = 100.0,
         empty: Empty = "mask",
         normalize: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("num_pairs", num_pairs), ("dim", dim), ("slots", slots)):
             check_integer(name, value, 1)
         check_positive("temperature", temperature)
-        if isinstance(logit_scale, Tensor):
-            check_shapes(logit_scale=(logit_scale, ""))
-            logit_scale = float(logit_scale)
-        check_positive("logit_scale", logit_scale)
         check_choice("empty", empty, ("mask", "zero"))
         self.num_pairs, self.dim, self.slots = num_pairs, dim, slots
-        self.temperature, self.logit_scale, self.empty, self.normalize = temperature, logit_scale, empty, normalize
-        self.register_buffer("sizes", torch.tensor([num_pairs, dim, slots]))
-        self.register_buffer("features", torch.zeros(0, dim))
+        self.temperature, self.empty, self.normalize = temperature, empty, normalize
+        self.logit_scale = check_scale("logit_scale", logit_scale)
+
+        self.register_buffer("sizes", torch.tensor([num_pairs, dim, slots], device=device))
+        self.register_buffer("features", torch.zeros(0, dim, device=device, dtype=dtype))
         for name in ("entropy", "pair", "count", "texts", "text_pair", "text_rank", "num_rejected"):
             self.register_buffer(name, None)
         for name in ("arrival", "text_row", "extra_text"):  # which can be told from the others
             self.register_buffer(name, None, persistent=False)
+        self._check = UpdateCheck(num_pairs)
         self.reset()
 
     def reset(self) -> None:
         """Forget all entries, and how many vectors were rejected."""
-        self.features = self.features.new_zeros(0, self.dim)
-        self.texts = self.features.new_zeros(0, self.dim)
-        self.entropy = self.features.new_zeros(0, dtype=torch.float32)
-        for name in ("pair", "arrival", "text_pair", "text_rank", "text_row", "extra_text"):
-            setattr(self, name, self.features.new_zeros(0, dtype=torch.long))
+        like = self.features.new_zeros(0, self.dim)
+        none = like.new_zeros(0, dtype=torch.long)
+        self._table = SlotTable.empty(like)
+        self._texts = TextRows(like, none, none, none, none)
         for name in ("count", "num_rejected"):
-            setattr(self, name, self.features.new_zeros((), dtype=torch.long))
+            setattr(self, name, like.new_zeros((), dtype=torch.long))
         self._own_table(0)
 
     def _own_table(self, bound: int, *, owned: bool = True, arrivals: int = 0) -> None:
         # At most so many entries are stored; whether the table is nobody else's; how many vectors were offered so far.
         self._bound, self._owned, self._arrivals = bound, owned, arrivals
-        self._fault: Tensor | None = None
+        self._check.forget()
+
+    @property
+    def _table(self) -> SlotTable:
+        return SlotTable(self.features, self.entropy, self.pair, self.arrival)
+
+    @_table.setter
+    def _table(self, table: SlotTable) -> None:
+        self.features, self.entropy, self.pair, self.arrival = table
+
+    @property
+    def _texts(self) -> TextRows:
+        return TextRows(self.texts, self.text_pair, self.text_rank, self.text_row, self.extra_text)
+
+    @_texts.setter
+    def _texts(self, texts: TextRows) -> None:
+        self.texts, self.text_pair, self.text_rank, self.text_row, self.extra_text = texts
 
     @property
     def counts(self) -> Tensor:
         """Entries of each row, images and those texts that are not displaced: long ``[pairs]``."""
-        self._tell_fault()
+        self.check_updates()
         images = row_counts(self.pair, self.num_pairs)
-        kept = images[self.text_pair] + self.text_rank < self.slots
-        return images.index_add(0, self.text_pair, kept.long())[: self.num_pairs]
+        stays = self._texts.stay(images, self.slots)
+        return images.index_add(0, self.text_pair, stays.long())[: self.num_pairs]
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, *, logit_scale: Tensor | None = None) -> Tensor:
+        """Logits ``[batch, pairs]`` of features ``[batch, dim]``; nothing is written.
+
+        A ``logit_scale`` that is passed here takes the place of the bank's own, and keeps its gradient.
+        """
         self._check_rows("features", features)
-        return retrieve(features, **self._entries(features), **self._options()).mul_(self.logit_scale)
+        scores = retrieve(features, **self._entries(features), **self._options())
+        if logit_scale is None:
+            return scores.mul_(self.logit_scale)
+        empty = scores.isneginf()  # whose product would have no gradient: 0 times an infinity
+        return (logit_scale * scores.masked_fill(empty, 0)).masked_fill(empty, -torch.inf)
 
     def prototypes(self, features: Tensor, pair_index: Tensor) -> Tensor:
         """What ``features`` retrieve from the rows of some pairs; their product is the logit, but for the scale.
@@ -170,7 +196,8 @@ class DynamicMemoryBank(nn.Module):
         self._check_rows("features", features)
         check_tensor("pair_index", pair_index, dtypes=(torch.long,))
         check_shapes(pair_index=(pair_index, "pairs"))
-        pair_index = self._check_index(pair_index)
+        check_index("pair_index", pair_index, self.num_pairs, wait=True)
+        pair_index = pair_index.to(self.features.device)
         return retrieve_prototypes(features, pair_index=pair_index, **self._entries(features), **self._options())
 
     def fill_texts(self, texts: Tensor, pair_index: Tensor) -> None:
@@ -189,30 +216,11 @@ class DynamicMemoryBank(nn.Module):
         """
         self._check_rows("texts", texts, pair_index, "n")
         with torch.inference_mode(False), torch.no_grad():
-            pair_index = self._check_index(pair_index)
-            texts, directed = self._unit_texts(texts)
-            pair_index = pair_index.masked_fill(~directed, self.num_pairs)
-            if len(self.texts) > 0:
-                texts, pair_index = torch.cat([self.texts, texts]), torch.cat([self.text_pair, pair_index])
-            rank = arrival_ranks(pair_index)
-            kept = (rank < self.slots) & (pair_index < self.num_pairs)
-            if not kept.all():
-                texts, pair_index, rank = texts[kept], pair_index[kept], rank[kept]
-            self.texts, self.text_pair, self.text_rank = texts, pair_index, rank
-            self._index_texts()
+            check_index("pair_index", pair_index, self.num_pairs, wait=True)
+            texts, directed = unit_texts(texts.to(self.features.device), self.features.dtype)
+            pair_index = pair_index.to(self.features.device).where(directed, self.num_pairs)
+            self._texts = self._texts.add(texts, pair_index, num_pairs=self.num_pairs, slots=self.slots)
             self.num_rejected = self.num_rejected + (~directed).sum()
-
-    def _index_texts(self) -> None:
-        """Find each pair's first text; where one stands for each pair, in order, there is nothing to look up."""
-        self.extra_text = self.text_row = self.text_pair.new_zeros(0)
-        if self.text_pair.is_meta:  # has no values to look at
-            return
-        first = self.text_rank == 0
-        self.extra_text = (~first).nonzero().squeeze(1)
-        every = torch.arange(self.num_pairs, device=self.text_pair.device)
-        if len(self.texts) > 0 and not torch.equal(self.text_pair, every):
-            row = torch.arange(len(self.texts), device=every.device)
-            self.text_row = torch.full_like(every, -1).scatter(0, self.text_pair[first], row[first])
 
     def update(self, features: Tensor, probs: Tensor, *, pair_index: Tensor | None = None) -> None:
         """Offer image vectors to the rows of the pairs that they are predicted to be.
@@ -234,55 +242,36 @@ class DynamicMemoryBank(nn.Module):
         self._check_rows("features", features, pair_index)
         check_tensor("probs", probs)
         check_shapes(features=(features, "batch dim"), probs=(probs, f"batch {self.num_pairs}"))
+        device = self.features.device
         # Outside of inference mode, or the bank could be part of no backward pass afterwards.
         with torch.inference_mode(False), torch.no_grad():
             rows = first_argmax(probs) if pair_index is None else pair_index.to(probs.device)
-            finite, fault = self._find_fault(probs, rows)
-            self._note_fault(fault)
+            finite, good = self._check.look(probs, rows, device)
+
             vectors, directed = unit_rows(features)
-            device, good = self.features.device, fault[0] == 0
             stored = (directed & finite & good).to(device)
             rows = rows.to(device).where(stored, self.num_pairs)
             waited = self._insert(vectors.to(self.features), rows, prediction_entropy(probs).to(device))
             self.num_rejected = self.num_rejected + (~stored).sum() * good.to(device)
             if waited:
-                self._tell_fault()
+                self.check_updates()
+
+    def check_updates(self) -> None:
+        """Wait for a GPU, and raise the ValueError of an :meth:`update` since the last time, if there is one."""
+        self._check.tell()
 
     def _insert(self, vectors: Tensor, pair_index: Tensor, entropy: Tensor) -> bool:
-        """Merge new entries into the rows that they come to; all shapes are known beforehand.
-
-        Whether a GPU was waited for.
-        """
+        """Merge new entries into the rows that they come to; whether a GPU was waited for."""
         waited = self._make_room(len(vectors))
-        size, nowhere = len(self.pair) - 1, self.num_pairs  # the last place stays blank: what goes nowhere goes there
-        met = torch.zeros(nowhere + 1, dtype=torch.bool, device=self.pair.device).index_fill(0, pair_index, True)
-        met[nowhere:] = False
-        old = first_true(met[self.pair[:size]], min(size, len(vectors) * self.slots))
         arrival = self._arrivals + torch.arange(len(vectors), device=self.pair.device)
         self._arrivals += len(vectors)
-        pair = torch.cat([self.pair[old], pair_index])
-        in_time = torch.cat([self.arrival[old], arrival]).argsort()
-        ranked, stays = rank_best(
-            pair[in_time],
-            torch.cat([self.entropy[old], entropy])[in_time],
-            num_pairs=self.num_pairs,
-            slots=self.slots,
-        )
-        stays = torch.empty_like(stays).scatter(0, in_time[ranked], stays)
-        left = self.pair.scatter(0, old, pair.where(stays, nowhere)[: len(old)])
-        new = first_true(stays[len(old) :], min(size, len(vectors)))
-        place = first_true(left[:size] == nowhere, len(new)).where(new < len(vectors), size)
-        self.pair = left.scatter(0, place, _grown(pair_index, len(vectors) + 1, nowhere)[new])
-        self.arrival = self.arrival.scatter(0, place, _grown(arrival, len(vectors) + 1)[new])
-        entropy = _grown(entropy, len(vectors) + 1)[new]
-        dtype = torch.promote_types(entropy.dtype, self.entropy.dtype)
-        self.entropy = self.entropy.to(dtype).scatter(0, place, entropy.to(dtype))
-        self.features.index_copy_(0, place, _grown(vectors, len(vectors) + 1)[new])
-        self.count = (self.pair < nowhere).sum()
+        sizes = {"num_pairs": self.num_pairs, "slots": self.slots}
+        self._table = self._table.place(vectors, pair_index, entropy, arrival, **sizes)
+        self.count = (self.pair < self.num_pairs).sum()
         return waited
 
     def _make_room(self, batch: int) -> bool:
-        """Let the table hold ``batch`` entries more and a blank one, and be nobody else's."""
+        """Let the table hold ``batch`` entries more and a free place, and be nobody else's."""
         most, size = self.num_pairs * self.slots, len(self.pair)
         self._bound = min(self._bound + batch, most)
         waited = self._bound >= size
@@ -291,12 +280,9 @@ class DynamicMemoryBank(nn.Module):
             spare = max(self._bound // 16, 4 * batch)
             if min(self._bound + spare, most) >= size:
                 size = min(self._bound + 2 * spare, most) + 1
-        if size == len(self.pair) and self._owned and not self.features.is_inference():
-            return waited
-        self.features = _grown(self.features, size)
-        self.entropy, self.arrival = (_grown(each, size) for each in (self.entropy, self.arrival))
-        self.pair = _grown(self.pair, size, self.num_pairs)
-        self._owned = True
+        if size > len(self.pair) or not self._owned or self.features.is_inference():
+            self._table = self._table.grow(size, num_pairs=self.num_pairs)
+            self._owned = True
         return waited
 
     def _entries(self, features: Tensor) -> dict[str, Any]:
@@ -304,26 +290,18 @@ class DynamicMemoryBank(nn.Module):
         # A graph keeps the table, which updates write to.
         lent = torch.is_grad_enabled() and features.requires_grad
         sources = [(self.features.clone() if lent else self.features, self.pair)]
+        if len(self.texts) == 0:
+            return {"sources": sources, "texts": None}
+
+        images = self.pair.new_empty(0)
         if len(self.extra_text) > 0:
-            pair_index, rank = self.text_pair[self.extra_text], self.text_rank[self.extra_text]
-            displaced = row_counts(self.pair, self.num_pairs)[pair_index] + rank >= self.slots
-            sources.append((self.texts[self.extra_text], pair_index.masked_fill(displaced, self.num_pairs)))
-        row = self.text_row if len(self.text_row) > 0 else None
-        return {"sources": sources, "texts": PairTexts(self.texts, row) if len(self.texts) > 0 else None}
+            images = row_counts(self.pair, self.num_pairs)
+        extra, firsts = self._texts.entries(images, num_pairs=self.num_pairs, slots=self.slots)
+        return {"sources": [*sources, *extra], "texts": firsts}
 
     def _options(self) -> dict[str, Any]:
         names = ("num_pairs", "slots", "temperature", "empty", "normalize")
         return {name: getattr(self, name) for name in names}
-
-    def _unit_texts(self, texts: Tensor) -> tuple[Tensor, Tensor]:
-        texts = texts.to(self.features.device)
-        length = torch.linalg.vector_norm(texts, dim=1, dtype=score_dtype(texts))
-        directed = (length > 0) & length.isfinite()
-        unit = (length - 1).abs() <= 8 * torch.finfo(texts.dtype).eps
-        if texts.dtype != self.features.dtype or not unit.all():
-            texts = (texts / length[:, None]).to(self.features.dtype)
-        # An inference tensor could be part of no backward pass.
-        return (texts.clone() if texts.is_inference() else texts.detach()).contiguous(), directed
 
     def _check_rows(self, name: str, rows: Tensor, pair_index: Tensor | None = None, axis: str = "batch") -> None:
         check_tensor(name, rows)
@@ -332,54 +310,10 @@ class DynamicMemoryBank(nn.Module):
             check_tensor("pair_index", pair_index, dtypes=(torch.long,))
             check_shapes(**{name: (rows, f"{axis} dim"), "pair_index": (pair_index, axis)})
 
-    def _check_index(self, pair_index: Tensor) -> Tensor:
-        outside = (pair_index < 0) | (pair_index >= self.num_pairs)
-        if outside.any():
-            raise ValueError(
-                f"expected `pair_index` to be in [0, {self.num_pairs - 1}], got {int(pair_index[outside][0])}"
-            )
-        return pair_index.to(self.features.device)
-
-    def _find_fault(self, probs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Which predictions are finite, and the first row with a fault: its kind (0: none), number and two values."""
-        total, low = probs.sum(dim=1, dtype=score_dtype(probs)), probs.amin(dim=1)
-        finite, outside = total.isfinite(), (rows < 0) | (rows >= self.num_pairs)
-        wrong = finite & ((low < 0) | ((total - 1).abs() > 0.01))
-        kind = torch.where(outside, 1, torch.where(wrong, 2, 0))
-        number = torch.arange(len(rows), device=rows.device)
-        each = torch.stack([kind.double(), number, torch.where(outside, rows, total), low], dim=1)
-        return finite, each[(kind > 0).long().argmax(dim=0, keepdim=True)][0] if len(rows) > 0 else each.new_zeros(4)
-
-    def _note_fault(self, fault: Tensor) -> None:
-        """Tell a fault that can be seen without waiting, and keep another for later."""
-        devices = fault.device.type, self.features.device.type
-        fault = fault.to(self.features.device)
-        self._fault = fault if self._fault is None else torch.where(self._fault[0] > 0, self._fault, fault)
-        if "cpu" in devices:
-            self._tell_fault()
-
-    def check_updates(self) -> None:
-        """Wait for a GPU, and raise the ValueError of an :meth:`update` since the last time, if there is one."""
-        self._tell_fault()
-
-    def _tell_fault(self) -> None:
-        fault, self._fault = self._fault, None
-        if fault is None:
-            return
-        kind, row, value, low = fault.tolist()
-        before = "" if fault.device.type == "cpu" else " (in this or an earlier update)"
-        if kind == 1:
-            raise ValueError(f"expected `pair_index` to be in [0, {self.num_pairs - 1}], got {value:.0f}{before}")
-        if kind == 2:
-            raise ValueError(
-                f"expected `probs` of rows that sum to 1 and have no negative value, "
-                f"got a sum of {value:.4g} and a smallest value of {low:.4g} in row {row:.0f}{before}"
-            )
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DynamicMemoryBank:
         entropy = self.entropy
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._fault = None if self._fault is None else self._fault.to(self.features.device)
+        self._check.to(self.features.device)
         if self.entropy.dtype != entropy.dtype:  # rounding would change who is better
             self.entropy = entropy.to(self.entropy.device)
         return self
@@ -395,11 +329,10 @@ class DynamicMemoryBank(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.pair.is_meta:  # has no values to sort by
             return
-        self._tell_fault()
-        in_time = self.arrival.argsort()
-        best = merge_best(self.pair[in_time], self.entropy[in_time], num_pairs=self.num_pairs, slots=self.slots)
+        self.check_updates()
+        table = self._table.sort(num_pairs=self.num_pairs, slots=self.slots)
         for name in ("features", "entropy", "pair"):
-            destination[prefix + name] = getattr(self, name)[in_time[best]]
+            destination[prefix + name] = getattr(table, name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state = {name: state_dict[prefix + name] for name in STATE if prefix + name in state_dict}
@@ -407,7 +340,7 @@ class DynamicMemoryBank(nn.Module):
             missing_keys = args[2]
             missing_keys.extend(prefix + name for name in STATE if name not in state)
             return
-        self._check_state(state)
+        check_state(state, num_pairs=self.num_pairs, dim=self.dim, slots=self.slots)
         with torch.inference_mode(False):
             for name in state:
                 own: Tensor = getattr(self, name)
@@ -417,24 +350,10 @@ class DynamicMemoryBank(nn.Module):
             super()._load_from_state_dict(state_dict, prefix, *args)
             size = len(self.pair)
             self.arrival = torch.arange(size, device=self.pair.device)
-            self._index_texts()
+            self._texts = TextRows.of(self.texts, self.text_pair, self.text_rank, num_pairs=self.num_pairs)
         self._own_table(size, owned=False, arrivals=size)
-
-    def _check_state(self, state: dict[str, Tensor]) -> None:
-        check_shapes(sizes=(state["sizes"], "3"))
-        for name, found in zip(("num_pairs", "dim", "slots"), state["sizes"].tolist()):
-            if found != getattr(self, name):
-                raise ValueError(f"expected the state of a bank of {name}={getattr(self, name)}, got {name}={found}")
-        for vectors, *indices in (("features", "entropy", "pair"), ("texts", "text_pair", "text_rank")):
-            rows = {name: (state[name], "rows") for name in indices}
-            check_shapes(**{vectors: (state[vectors], f"rows {self.dim}"), **rows})
 
     def extra_repr(self) -> str:
         options = (f"{name}={value!r}" for name, value in self._options().items() if name not in ("num_pairs", "slots"))
         sizes = f"num_pairs={self.num_pairs}, dim={self.dim}, slots={self.slots}"
         return ", ".join([sizes, *options, f"logit_scale={self.logit_scale}"])
-
-
-def _grown(rows: Tensor, size: int, value: float = 0) -> Tensor:
-    """A copy with blank rows behind, until there are ``size``."""
-    return torch.cat([rows, rows.new_full((size - len(rows), *rows.shape[1:]), value)])

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from czsl_heads._checks import check_choice, check_integer, check_positive, check_range, check_shapes, check_tensor
+from czsl_heads._checks import (
+    check_choice,
+    check_integer,
+    check_positive,
+    check_range,
+    check_scale,
+    check_shapes,
+    check_tensor,
+)
 from czsl_heads.functional.alignment import REDUCTIONS, alignment
 from czsl_heads.functional.precision import no_autocast, score_dtype
 
@@ -36,7 +44,8 @@ class SparseAlignHead(nn.Module):
         include_cls: Whether token 0 takes part in the reduction.
         cls_weight: Weight in [0, 1] of the [CLS] score, blended in after the reduction.
         logit_scale: Factor from cosine to logit, positive: CLIP's 100. A scalar tensor, ``encoder.logit_scale`` say, is
-            read once. 1.0 gives cosines, for code that scales itself.
+            read once. One that is trained is refused: pass it to each call. 1.0 gives cosines.
+        device, dtype: Where and in which dtype the parameters of ``"linear"`` and ``"attention"`` are made.
 
     Shape:
         ``tokens`` [batch, tokens, dim], [CLS] first; ``texts`` [texts, dim] or, of each image its own,
@@ -71,6 +80,8 @@ class SparseAlignHead(nn.Module):
         include_cls: bool = True,
         cls_weight: float = 0.0,
         logit_scale: float | Tensor = 100.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_choice("reduce", reduce, (*REDUCTIONS, *POOLS))
@@ -84,32 +95,36 @@ class SparseAlignHead(nn.Module):
                 f'expected `dim` with reduce="linear" or "attention", got dim={dim} with reduce="{reduce}"'
             )
         check_range("cls_weight", cls_weight, 0, 1)
-        if isinstance(logit_scale, Tensor):
-            check_shapes(logit_scale=(logit_scale, ""))
-            logit_scale = float(logit_scale)
-        check_positive("logit_scale", logit_scale)
+        self.logit_scale = check_scale("logit_scale", logit_scale)
         self.reduce, self.k, self.temperature, self.dim = reduce, k, temperature, dim
-        self.include_cls, self.cls_weight, self.logit_scale = include_cls, cls_weight, logit_scale
+        self.include_cls, self.cls_weight = include_cls, cls_weight
         if dim is not None:
             check_integer("dim", dim, 1)
-            self.pool = _LinearPool(dim) if reduce == "linear" else _AttentionPool(dim)
+            pool = _LinearPool if reduce == "linear" else _AttentionPool
+            self.pool = pool(dim, device=device, dtype=dtype)
 
-    def forward(self, tokens: Tensor, texts: Tensor) -> Tensor:
-        if self.reduce not in POOLS:
-            scores = alignment(
-                tokens,
-                texts,
-                reduce=self.reduce,  # type: ignore[arg-type]
-                k=self.k,
-                temperature=self.temperature,
-                include_cls=self.include_cls,
-                cls_weight=self.cls_weight,
-            )
-        else:
-            scores = self._pooled_scores(tokens, texts)
-        return self.logit_scale * scores
+    def forward(self, tokens: Tensor, texts: Tensor, *, logit_scale: Tensor | None = None) -> Tensor:
+        """Logits ``[batch, texts]`` of tokens ``[batch, tokens, dim]`` and texts: the cosines, scaled.
 
-    def _pooled_scores(self, tokens: Tensor, texts: Tensor) -> Tensor:
+        A ``logit_scale`` that is passed here takes the place of the head's own, and keeps its gradient.
+        """
+        scale = self.logit_scale if logit_scale is None else logit_scale
+        return scale * self._cosines(tokens, texts)
+
+    def _cosines(self, tokens: Tensor, texts: Tensor) -> Tensor:
+        if self.reduce in POOLS:
+            return self._pooled_cosines(tokens, texts)
+        return alignment(
+            tokens,
+            texts,
+            reduce=self.reduce,  # type: ignore[arg-type]
+            k=self.k,
+            temperature=self.temperature,
+            include_cls=self.include_cls,
+            cls_weight=self.cls_weight,
+        )
+
+    def _pooled_cosines(self, tokens: Tensor, texts: Tensor) -> Tensor:
         check_tensor("tokens", tokens)
         sizes = check_shapes(tokens=(tokens, f"batch tokens {self.dim}"))
         check_range("tokens.shape[1]", sizes["tokens"], 2 - self.include_cls)
@@ -134,9 +149,9 @@ class SparseAlignHead(nn.Module):
 class _LinearPool(nn.Module):
     """Softmax over tokens of one linear score: ``[batch, tokens, dim]`` to ``[batch, dim]``."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, **made: Any) -> None:
         super().__init__()
-        self.score = nn.Linear(dim, 1)
+        self.score = nn.Linear(dim, 1, **made)
 
     def forward(self, tokens: Tensor) -> Tensor:
         weights: Tensor = self.score(tokens).softmax(dim=1)
@@ -146,11 +161,13 @@ class _LinearPool(nn.Module):
 class _AttentionPool(nn.Module):
     """Multi-head attention from one learned query: ``[batch, tokens, dim]`` to ``[batch, dim]``."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, **made: Any) -> None:
         super().__init__()
-        heads = max(1, dim // 64) if dim % max(1, dim // 64) == 0 else 1
-        self.query = nn.Parameter(torch.empty(1, 1, dim))
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        heads = max(1, dim // 64)
+        if dim % heads:
+            heads = 1
+        self.query = nn.Parameter(torch.empty(1, 1, dim, **made))
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True, **made)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

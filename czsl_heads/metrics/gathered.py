@@ -1,69 +1,202 @@
-"""What the metrics of the field's evaluation share: evidence of each sample, gathered batch by batch."""
+"""What the metrics share: a ``forward`` that errors leave without trace, and statistics gathered batch by batch."""
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
-from czsl_heads.functional.evidence import Evidence, PairColumns, Scores, gather_evidence
+from czsl_heads._checks import check_choice
+from czsl_heads.functional.score_statistics import PairColumns, Scores, ScoreStatistics, score_statistics
 
 
-class GatheredMetric(Metric):
-    """A torchmetrics metric whose states are those of :class:`~czsl_heads.functional.evidence.Evidence`.
+class SafeMetric(Metric):
+    """A torchmetrics metric that an error in ``forward`` or ``compute`` leaves as it was."""
+
+    is_differentiable = False
+    full_state_update = False
+
+    _earlier: dict[str, Any] | None = None  # the states so far, while `forward` looks at one batch alone
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a batch, as ``update`` does, and return the value of that batch alone; NaN where it is too small.
+
+        If an error is raised, the batch is not added: all is as it was before the call.
+        """
+        # torchmetrics' own `forward` loses the states if there is an error, or sees the batch twice.
+        if self._is_synced:
+            raise TorchMetricsUserError("expected `forward` before `sync` or after `unsync`, got a call in between")
+        before = self.__dict__.copy()
+        self.reset()
+        self._to_sync = self.dist_sync_on_step
+        self._earlier = {name: before[name] for name in self._defaults}
+        try:
+            self.update(*args, **kwargs)
+            value = self.compute()
+            self._reduce_states(self._earlier)
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+        finally:
+            self._to_sync, self._earlier = before["_to_sync"], None
+
+        self._update_count = before["_update_count"] + 1
+        self._computed, self._forward_cache = None, value
+        return value
+
+    def reset(self) -> None:
+        """Forget all samples."""
+        # Lists are replaced, not emptied: in a collection metrics share them.
+        for name, default in self._defaults.items():
+            if isinstance(default, list):
+                setattr(self, name, [])
+        super().reset()
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the samples of another metric of the same settings, or of its states."""
+        super().merge_state(incoming_state)
+        self._computed = None  # torchmetrics keeps the value from before
+
+    @contextmanager
+    def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Iterator[None]:
+        """As in torchmetrics, but an error too leaves the process with its own samples."""
+        self.sync(*args, **kwargs)
+        try:
+            yield
+        finally:
+            self.unsync(should_unsync=self._is_synced and should_unsync)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw a value of ``compute`` or a list of them (default: the value now); see :class:`torchmetrics.Metric`."""
+        return self._plot(val, ax)
+
+    def _keep_apart(self, *settings: Tensor | None) -> None:
+        """Make a state of a digest of ``settings``.
+
+        A collection lets metrics share states if these are equal after the first batch. Metrics of other settings may
+        give the same ones by chance, or by a batch without samples.
+        """
+        digest = hashlib.sha256()
+        for part in settings:
+            digest.update(b"" if part is None else part.detach().cpu().double().numpy().tobytes())
+        self.add_state("settings", torch.tensor(list(digest.digest()[:8])), dist_reduce_fx="max")
+
+
+class HasScalars(Protocol):
+    """What the metrics of the field's evaluation find."""
+
+    def scalars(self) -> dict[str, float]:
+        """Its single numbers by name."""
+
+
+Result = TypeVar("Result", bound=HasScalars)
+
+
+class ScalarTensors(dict[str, Tensor]):
+    """What ``compute`` returns: scalar tensors by name."""
+
+    def scalars(self) -> dict[str, float]:
+        """The same as plain numbers."""
+        return {name: value.item() for name, value in self.items()}
+
+
+class GatheredMetric(SafeMetric, Generic[Result]):
+    """A metric whose states are the :class:`~czsl_heads.functional.score_statistics.ScoreStatistics` of all samples.
 
     Args:
         columns: What the columns of the scores are.
         topk: A sample counts as right if its pair is among the ``topk`` best.
+        key: The one number that ``compute`` returns; default: a dict of all.
         kwargs: Passed on to :class:`torchmetrics.Metric`.
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
+    keys: ClassVar[tuple[str, ...]]  # of what `compute` returns
 
-    target: list[Tensor]
-    score: list[Tensor]
-    rivals: list[Tensor]
-    best_seen: list[Tensor]
-    primitives: list[Tensor]
+    target: list[Tensor] | Tensor
+    score: list[Tensor] | Tensor
+    negatives: list[Tensor] | Tensor
+    best_seen: list[Tensor] | Tensor
+    primitives: list[Tensor] | Tensor
 
-    def __init__(self, columns: PairColumns, topk: int, **kwargs: Any) -> None:
+    def __init__(self, columns: PairColumns, topk: int, key: str | None, **kwargs: Any) -> None:
+        if key is not None:
+            check_choice("key", key, self.keys)
         super().__init__(**kwargs)
-        self._columns, self.topk = columns, topk
-        for name in Evidence._fields:
+        self._columns, self.topk, self.key = columns, topk, key
+        self._found: Result | None = None
+        for name in ScoreStatistics._fields:
             self.add_state(name, default=[], dist_reduce_fx="cat")
+        self._keep_apart(columns.groups, columns.attr, columns.obj, torch.tensor(topk))
+
+    @property
+    def higher_is_better(self) -> bool | None:  # type: ignore[override]
+        """True; None if ``key`` names a bias or a threshold, of which none is best."""
+        return None if self.key in _SETTINGS else True
 
     @abstractmethod
-    def _result(self, evidence: Evidence) -> Any:
-        """From the evidence of all samples."""
+    def _result(self, statistics: ScoreStatistics) -> Result:
+        """From the statistics of all samples."""
 
     def update(self, scores: Scores, target: Tensor) -> None:
-        """Add samples.
+        """Add samples; there may be none.
 
         Args:
             scores: Unbiased scores ``[batch, P]``, or an iterable of ``(first_column, block)`` that covers all columns
                 of these samples once.
             target: Column of the true pair, long ``[batch]``.
         """
-        for name, part in self._gathered(scores, target)._asdict().items():
+        for name, part in self._statistics(scores, target)._asdict().items():
             getattr(self, name).append(part)
 
-    def _gathered(self, scores: Scores, target: Tensor) -> Evidence:
-        return gather_evidence(scores, target, self._columns, topk=self.topk)
+    def _statistics(self, scores: Scores, target: Tensor) -> ScoreStatistics:
+        return score_statistics(scores, target, self._columns, topk=self.topk, name="target")
 
-    def compute(self) -> Any:
-        """The result over all samples so far."""
-        parts = [getattr(self, name) for name in Evidence._fields]
-        if any(len(part) == 0 for part in parts):
+    def compute(self) -> Tensor | ScalarTensors:
+        """The numbers over all samples so far: a dict of scalar tensors by name, or the one of ``key``.
+
+        They are float64 (float32 on devices without it) on the metric's device; NaN where there is no such number.
+        """
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        tensors = ScalarTensors()
+        for name, value in self._values().items():
+            tensors[name] = torch.tensor(value, dtype=dtype, device=self.device)
+        return tensors if self.key is None else tensors[self.key]
+
+    def _values(self) -> dict[str, float]:
+        parts = [getattr(self, name) for name in ScoreStatistics._fields]
+        # torchmetrics gathers lists of tensors into one tensor.
+        parts = [torch.cat(part) if isinstance(part, list) and part else part for part in parts]
+        if not len(parts[0]):
+            if self._earlier is not None:
+                return dict.fromkeys(self.keys, torch.nan)
             raise ValueError("expected at least one sample before `compute`, got none")
-        return self._result(Evidence(*(part if isinstance(part, Tensor) else torch.cat(part) for part in parts)))
+        self._found = self._result(ScoreStatistics(*parts))
+        return self._found.scalars()
+
+    def result(self) -> Result:
+        """All that is found over all samples so far, of all processes: what ``compute`` takes its numbers from."""
+        self.compute()  # gathers the processes, unless it was called since the last sample
+        assert self._found is not None
+        return self._found
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw a value of ``compute`` or a list of them (default: the value now); see :class:`torchmetrics.Metric`.
+
+        A bias or a threshold is drawn only if it is the ``key``: it is no fraction.
+        """
+        val = self.compute() if val is None else val
+        if isinstance(val, (list, tuple)):
+            return self._plot([_fractions(value) for value in val], ax)
+        return self._plot(_fractions(val), ax)
 
     def sync(
         self,
@@ -77,7 +210,7 @@ class GatheredMetric(Metric):
         if should_sync and running and isinstance(self.target, list) and not self.target:
             # torchmetrics sends a float vector for an empty list, which the other processes cannot take.
             none = torch.empty(0, len(self._columns), device=self.device), torch.empty(0, dtype=torch.long)
-            for name, part in self._gathered(*none)._asdict().items():
+            for name, part in self._statistics(*none)._asdict().items():
                 setattr(self, name, [part])
         super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
 
@@ -92,3 +225,12 @@ class GatheredMetric(Metric):
                 return wrapped(*args, **kwargs)
 
         return quiet
+
+
+_SETTINGS = ("bias", "threshold")  # numbers that are no fractions
+
+
+def _fractions(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: part for name, part in value.items() if name not in _SETTINGS}

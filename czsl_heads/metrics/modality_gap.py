@@ -7,18 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from czsl_heads._checks import check_shapes, check_tensor
-from czsl_heads.functional.gap import GapSums, gap_of_sums, gather_sums, wide_unit_rows
+from czsl_heads._checks import check_kind, check_shapes, check_tensor
+from czsl_heads.functional.gap import GapSums, gap_of_sums, gather_sums
+from czsl_heads.functional.unit import wide_unit_rows
+from czsl_heads.metrics.gathered import SafeMetric
 
 
-class RelativeModalityGap(Metric):
+class RelativeModalityGap(SafeMetric):
     """The gap between images and texts, gathered batch by batch.
 
     The class around :func:`czsl_heads.functional.relative_modality_gap`. It keeps sums, whatever the number of samples,
-    and they add up across processes.
+    and they add up across processes. ``metric(images, match)`` also returns the gap of that batch alone, NaN where it
+    holds fewer than two images or texts.
 
     Args:
         texts: One text a class, ``[texts, dim]``, any norm but zero: ``update`` then takes labels (class mode). Without
@@ -38,11 +40,14 @@ class RelativeModalityGap(Metric):
         >>> gap.update(images[1:], torch.tensor([0, 1]))
         >>> gap.compute()
         tensor(0.2808, dtype=torch.float64)
+
+    References:
+        Schrodi et al., Two Effects, One Trigger, ICLR 2025. Zhang et al., SAM, CVPR 2026 (SAC), Fig. 2.
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
 
     texts: Tensor | None
     image_sum: Tensor
@@ -53,6 +58,7 @@ class RelativeModalityGap(Metric):
 
     def __init__(self, texts: Tensor | None = None, *, include_self: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_kind("include_self", include_self, bool)
         if texts is not None:
             check_tensor("texts", texts)
             check_shapes(texts=(texts, "texts dim"))
@@ -66,15 +72,36 @@ class RelativeModalityGap(Metric):
             count = name.startswith("num_")
             # A scalar zero: the first batch gives it the dim, and the float64 that not every device has.
             self.add_state(name, torch.zeros((), dtype=torch.long if count else torch.float32), dist_reduce_fx="sum")
+        self._keep_apart(texts)
 
     def update(self, images: Tensor, match: Tensor) -> None:
-        """Add samples.
+        """Add samples; there may be none.
 
         Args:
             images: ``[images, dim]``, any norm but zero.
             match: In class mode labels, long ``[images]``; in pair mode texts ``[images, dim]``.
         """
-        self._add(gather_sums(images, match) if self.texts is None else gather_sums(images, self.texts, match))
+        check_tensor("images", images)
+        check_shapes(images=(images, f"images {self._dim()}"))
+        if self.texts is None:
+            check_tensor("match", match)
+            check_shapes(images=(images, "images dim"), match=(match, "images dim"))
+            wide_unit_rows("match", match)  # only to tell of a zero vector by this name
+            self._add(gather_sums(images, match))
+        else:
+            check_tensor("match", match, dtypes=(torch.long,))
+            check_shapes(images=(images, "images dim"), match=(match, "images"))
+            outside = match[(match < 0) | (match >= len(self.texts))]
+            if len(outside):
+                raise ValueError(f"expected `match` to be in [0, {len(self.texts) - 1}], got {int(outside[0])}")
+            self._add(gather_sums(images, self.texts, match))
+
+    def _dim(self) -> int | str:
+        """That of the texts or of earlier images, else a name that fits any."""
+        if self.texts is not None:
+            return self.texts.shape[1]
+        image_sum = self.image_sum if self._earlier is None else self._earlier["image_sum"]
+        return len(image_sum) if image_sum.ndim else "dim"
 
     def _add(self, sums: GapSums) -> None:
         for name, value in sums._asdict().items():
@@ -83,10 +110,15 @@ class RelativeModalityGap(Metric):
 
     def compute(self) -> Tensor:
         """The gap of all samples so far, a scalar."""
-        sums = {name: getattr(self, name) for name in self._defaults}
+        sums = {name: getattr(self, name) for name in GapSums._fields if name in self._defaults}
         if self.texts is not None:
             sums.update(text_sum=wide_unit_rows("texts", self.texts).sum(dim=0), num_texts=len(self.texts))
-        return gap_of_sums(GapSums(**sums), include_self=self.include_self)
+        try:
+            return gap_of_sums(GapSums(**sums), include_self=self.include_self)
+        except ValueError:  # too few samples
+            if self._earlier is None:
+                raise
+            return self.matched_sum.new_full((), torch.nan)
 
     def sync(
         self,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from czsl_heads._checks import check_choice, check_integer, check_kind, check_shapes, check_tensor
+from czsl_heads._checks import check_choice, check_index, check_integer, check_kind, check_shapes, check_tensor
 from czsl_heads.encoders.protocol import Encoder, check_encoder
 from czsl_heads.functional.fusion import combine
 from czsl_heads.heads.sparse_align import SparseAlignHead
@@ -93,9 +93,9 @@ class Seam(nn.Module):
         return self.head.reduce != "cls"
 
     def forward(self, tokens: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
+        """Logits ``[batch, texts]``, of the method's own scale, whose gradient stays."""
         head = self.head if tokens.shape[1] > 1 else self.only
-        cosines: Tensor = head(tokens, texts) / head.logit_scale
-        logits = scale * cosines
+        logits: Tensor = head(tokens, texts, logit_scale=scale)
         return logits.half().to(logits.dtype) if self.half_logits else logits
 
 
@@ -311,7 +311,12 @@ class PairMethod(Method):
 
 
 def cross_entropies(logits: Logits, pairs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy of each branch that there is, as ``loss_pairs``, ``loss_attrs`` and ``loss_objs``."""
+    """Cross-entropy of each branch that there is, as ``loss_pairs``, ``loss_attrs`` and ``loss_objs``.
+
+    Raises:
+        ValueError: A target is no row of ``pairs``; -100 is none either, which cross-entropy would leave out.
+    """
+    check_index("targets", targets, len(pairs))
     of_primitives = pairs.to(targets.device)[targets].unbind(dim=1)
     return {
         f"loss_{kind}": F.cross_entropy(rows, target)
@@ -329,11 +334,7 @@ def _known(texts: Any, pairs: Tensor) -> TextFeatures:
 
 
 def check_targets(targets: Tensor, images: Tensor, pairs: Tensor) -> None:
-    """Raise TypeError or ValueError unless ``targets`` are rows of ``pairs``, one an image.
-
-    Values are looked at on the CPU only: a GPU would be waited for, and cross-entropy asserts them there.
-    """
+    """Raise TypeError or ValueError unless ``targets`` are rows of ``pairs``, one an image."""
     check_tensor("targets", targets, dtypes=(torch.long,))
     check_shapes(targets=(targets, str(len(images))))
-    if targets.device.type == "cpu" and ((targets < 0) | (targets >= len(pairs))).any():
-        raise ValueError(f"expected `targets` to be rows of the {len(pairs)} pairs, got {targets.tolist()}")
+    check_index("targets", targets, len(pairs))

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_args
 
 from czsl_heads._checks import check_choice, check_integer, check_kind, check_positive, check_range
-from czsl_heads.adapters.lora import Matrix, add_lora
+from czsl_heads.adapters.lora import add_lora
+from czsl_heads.adapters.lora_layers import Matrix
 from czsl_heads.adapters.patch_drop import drop_patches
 from czsl_heads.encoders.digest import weights_digest
 from czsl_heads.encoders.protocol import Encoder
@@ -212,7 +213,7 @@ def build_head(recipe: Recipe, dim: int) -> Align:
 
 def new_bank(space: CompositionSpace, encoder: Encoder, options: BankOptions, slots: int | None = None) -> Any:
     """An empty memory bank over a label space, on the encoder's device."""
-    scale = encoder.logit_scale if options.logit_scale is None else options.logit_scale
+    scale = encoder.logit_scale.detach() if options.logit_scale is None else options.logit_scale
     bank = DynamicMemoryBank(
         len(space),
         encoder.dim,

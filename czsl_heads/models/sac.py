@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from czsl_heads._checks import check_choice, check_kind, check_shapes, check_tensor
+from czsl_heads._checks import check_choice, check_index, check_kind, check_shapes, check_tensor
 from czsl_heads.encoders.protocol import Encoder
 from czsl_heads.functional.distill import Direction
 from czsl_heads.functional.fusion import combine, fuse
@@ -176,11 +176,14 @@ class SAC(nn.Module):
         made = VACondenser(encoder.dim) if condenser is True else condenser
         self.condenser = made if isinstance(made, VACondenser) else None
         self.alpha, self.beta, self.gamma, self.direction = alpha, beta, gamma, direction
-        if bank is True:
-            bank = DynamicMemoryBank(len(space), encoder.dim, logit_scale=encoder.logit_scale)
-            self.use_bank(bank if self.condenser is not None else None, space)
-        else:
+        if bank is not True:
             self.use_bank(bank or None, space)
+        elif self.condenser is not None:
+            scale = encoder.logit_scale.detach()
+            self.use_bank(DynamicMemoryBank(len(space), encoder.dim, logit_scale=scale), space)
+            self._own_bank = True
+        else:
+            self.use_bank(None, space)
 
     @property
     def method(self) -> Aligned:
@@ -199,7 +202,7 @@ class SAC(nn.Module):
                 raise ValueError("expected `bank` with a condenser, whose vectors it remembers, got no condenser")
             if bank.num_pairs != len(space):
                 raise ValueError(f"expected `bank` over the {len(space)} pairs of the space, got {bank.num_pairs}")
-        self.bank, self.bank_space = bank, space
+        self.bank, self.bank_space, self._own_bank = bank, space, False
 
     def texts(self, space: CompositionSpace) -> SpaceTexts:
         """Encode the prompts of a space; once for a whole evaluation, anew at each step that trains them."""
@@ -231,12 +234,21 @@ class SAC(nn.Module):
 
         features = self.condenser(tokens)
         (vac,) = method.classify(tokens, texts_of, features)
-        bank = self.bank(features) if self.bank is not None and self._is_of_bank(space) else None
+        bank = self._read_bank(features, space)
         memory = None if bank is None else bank.softmax(dim=1)
         gamma = 0.0 if bank is None else self.gamma
         branches = method.probabilities(sa, pairs), method.probabilities(vac, pairs)
         scores = fuse(*branches, memory, beta=self.beta, gamma=gamma)
         return SACOutput(space, tokens, sa, features, vac, bank, scores)
+
+    def _read_bank(self, features: Tensor, space: CompositionSpace) -> Tensor | None:
+        """The bank's logits ``[batch, P]``; None without one, or in another label space."""
+        if self.bank is None or not self._is_of_bank(space):
+            return None
+        # The default bank has the encoder's scale, also after that was trained on.
+        scale = self.encoder.logit_scale if self._own_bank else None
+        logits: Tensor = self.bank(features, logit_scale=scale)
+        return logits
 
     def _is_of_bank(self, space: CompositionSpace) -> bool:
         return space is self.bank_space or space == self.bank_space  # the first is cheap in the open world
@@ -266,11 +278,13 @@ class SAC(nn.Module):
             Scalars: each term, and what is to be minimised as ``"loss"``.
 
         Raises:
-            TypeError, ValueError: A shape or dtype does not fit, the stage is unknown, or the condenser is missing.
+            TypeError, ValueError: A shape or dtype does not fit, the stage is unknown, the condenser is missing, or a
+                target is no column of the space; -100 is none either.
         """
         check_choice("stage", stage, ("align", "condense", "joint"))
         check_tensor("pair_target", pair_target, dtypes=(torch.long,))
         check_shapes(logits=(out.sa.pairs, "batch pairs"), pair_target=(pair_target, "batch"))
+        check_index("pair_target", pair_target, len(out.space))
         pairs = out.space.pairs_on(pair_target.device)
         known = {} if stage == "condense" else self.method.losses(out.sa, pairs, pair_target)
         if stage == "align":

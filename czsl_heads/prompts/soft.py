@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from czsl_heads._checks import check_choice, check_kind, check_range, check_shapes, check_tensor
 from czsl_heads.encoders.protocol import Encoder, check_encoder
+from czsl_heads.functional.unit import unit_vectors
 from czsl_heads.prompts.prefix import encode_fronts, obstacle, prefix_encoding
 from czsl_heads.space import CompositionSpace, clean_name
 
@@ -183,7 +184,8 @@ class SoftPrompts(nn.Module):
         elif self._checkpoints():
             chunks = [*prompts.split(_CHECKPOINTED_ROWS)]
             encode = partial(run_again_in_backward, encode, use_reentrant=False)
-        return torch.cat([F.normalize(encode(chunk), dim=-1) for chunk in chunks])
+        features = torch.cat([*map(encode, chunks)])  # [prompts, dim]
+        return unit_vectors(features).to(features.dtype)
 
     def _encodings(
         self, contexts: Sequence[Tensor], kinds: Sequence[tuple[Tensor, ...]]

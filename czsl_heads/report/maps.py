@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from einops import einsum, rearrange
 from torch import Tensor, nn
 
 from czsl_heads._checks import check_shapes, check_tensor
-from czsl_heads.adapters.lora import LoRAAttention
+from czsl_heads.adapters.lora_layers import LoRAAttention
 from czsl_heads.encoders.protocol import Encoder
+from czsl_heads.functional.unit import unit_vectors
 from czsl_heads.models.method import Method
 
 
@@ -29,7 +30,8 @@ class TokenMap(NamedTuple):
     @property
     def winner(self) -> Tensor:
         """The token of the highest number, long ``[batch]``: 0 is [CLS], patches come row by row behind the prefix."""
-        return torch.cat([self.prefix, self.patches.flatten(-2)], dim=-1).argmax(dim=-1)
+        patches = rearrange(self.patches, "... rows columns -> ... (rows columns)")
+        return torch.cat([self.prefix, patches], dim=-1).argmax(dim=-1)
 
     def image(self, index: int) -> TokenMap:
         """The map of one image, without the batch axis in all that it has, on the CPU."""
@@ -46,7 +48,7 @@ def token_map(numbers: Tensor, encoder: Encoder) -> TokenMap:
     check_tensor("numbers", numbers)
     check_shapes(numbers=(numbers, f"batch {encoder.num_prefix + rows * columns}"))
     prefix, patches = numbers.split([encoder.num_prefix, rows * columns], dim=1)
-    return TokenMap(prefix, patches.unflatten(1, (rows, columns)))
+    return TokenMap(prefix, rearrange(patches, "batch (rows columns) -> batch rows columns", rows=rows))
 
 
 def alignment_map(tokens: Tensor, texts: Tensor, encoder: Encoder) -> TokenMap:
@@ -54,8 +56,9 @@ def alignment_map(tokens: Tensor, texts: Tensor, encoder: Encoder) -> TokenMap:
     check_tensor("tokens", tokens)
     check_tensor("texts", texts)
     check_shapes(tokens=(tokens, "batch tokens dim"), texts=(texts, "batch dim"))
-    tokens, texts = F.normalize(tokens.float(), dim=-1), F.normalize(texts.float(), dim=-1)
-    return token_map(torch.einsum("bld,bd->bl", tokens, texts), encoder)
+    tokens, texts = unit_vectors(tokens, torch.float32), unit_vectors(texts, torch.float32)
+    cosines = einsum(tokens, texts, "batch tokens dim, batch dim -> batch tokens")
+    return token_map(cosines, encoder)
 
 
 @torch.no_grad()
@@ -132,5 +135,6 @@ def points_inside(patches: Tensor, inside: Tensor) -> Tensor:
     check_tensor("patches", patches)
     check_tensor("inside", inside, dtypes=(torch.bool,))
     check_shapes(patches=(patches, "batch rows columns"), inside=(inside, "batch rows columns"))
-    highest = patches.flatten(1).argmax(dim=1, keepdim=True)
-    return inside.flatten(1).gather(1, highest).squeeze(1)
+    numbers, hits = (rearrange(each, "batch rows columns -> batch (rows columns)") for each in (patches, inside))
+    highest = numbers.argmax(dim=1, keepdim=True)
+    return hits.gather(1, highest).squeeze(1)

@@ -239,9 +239,9 @@ def _feasibility(results: dict[str, Any]) -> tuple[str, str] | None:
     return (_plotted(plot_feasibility, results), feasibility_note(results)) if has_feasibility(results) else None
 
 
-def _winner_shares(runs: list[dict[str, Any]]) -> list[str]:
+def _winner_shares(by_seed: list[dict[str, Any]]) -> list[str]:
     """Shares in per cent: winners that are patches (predicted pair, labelled pair), and strongly active patches."""
-    gaps = [run["gap"] for run in runs]
+    gaps = [one["gap"] for one in by_seed]
     columns = [
         [gap["winners_that_are_patches"]["pred"] for gap in gaps],
         [gap["winners_that_are_patches"]["true"] for gap in gaps],

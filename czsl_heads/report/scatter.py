@@ -34,9 +34,9 @@ def plot_gap(results: dict[str, Any], path: Path) -> None:
         figure.savefig(temporary, dpi=130)
 
 
-def _points(runs: list[dict[str, Any]], vector: str) -> tuple[list[float], list[float]]:
+def _points(by_seed: list[dict[str, Any]], vector: str) -> tuple[list[float], list[float]]:
     """Gap and AUC in per cent of the seeds that have both."""
-    gaps = [run["gap"].get("relative_modality_gap", {}).get(vector) for run in runs]
-    areas = [run["test"]["closed"]["standard"]["auc"] for run in runs]
+    gaps = [one["gap"].get("relative_modality_gap", {}).get(vector) for one in by_seed]
+    areas = [one["test"]["closed"]["standard"]["auc"] for one in by_seed]
     found = [(gap, 100 * area) for gap, area in zip(gaps, areas) if gap is not None and area is not None]
     return [gap for gap, _ in found], [area for _, area in found]

@@ -19,8 +19,8 @@ from czsl_heads.training.config import Config
 from czsl_heads.training.folder import open_folder, wanted_rows
 from czsl_heads.training.open_world import OpenWorld, kept_open_world
 from czsl_heads.training.rows import Readout, Row, Table, Trained
-from czsl_heads.training.run import train_model
 from czsl_heads.training.summary import differences_of, numbers_of, spread, summary_of
+from czsl_heads.training.train import train_model
 from czsl_heads.training.trainer import is_main_process
 
 
@@ -186,10 +186,10 @@ def row_results(row: Row, config: Config, records: list[dict[str, dict[str, Any]
 
 def _row_summary(by_seed: list[dict[str, Any]]) -> dict[str, Any]:
     """Means and deviations over seeds of what a row scored, of its gap, and of its search for a threshold."""
-    gaps = [run["gap"]["relative_modality_gap"] for run in by_seed if run["gap"]]
-    searches = [run["feasibility"] for run in by_seed if "feasibility" in run]
+    gaps = [one["gap"]["relative_modality_gap"] for one in by_seed if one["gap"]]
+    searches = [one["feasibility"] for one in by_seed if "feasibility" in one]
     summary = {
-        "summary": summary_of([run["test"] for run in by_seed]),
+        "summary": summary_of([one["test"] for one in by_seed]),
         "gap": {name: spread([gap[name] for gap in gaps]) for name in gaps[0]} if gaps else {},
     }
     return summary | ({"feasibility": _search_summary(searches)} if searches else {})
@@ -218,7 +218,7 @@ def _search_summary(searches: list[dict[str, Any]]) -> dict[str, Any]:
 
 def compared(table: Table, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Differences of rows, seed by seed, of every number; nothing for one seed."""
-    tests = {row["key"]: [run["test"] for run in row["by_seed"]] for row in rows}
+    tests = {row["key"]: [one["test"] for one in row["by_seed"]] for row in rows}
     return [
         {"row": row, "against": other, "differences": differences_of(tests[row], tests[other])}
         for row, other in table.comparisons
@@ -231,7 +231,9 @@ def _study_results(name: str, config: Config, records: list[dict[str, dict[str, 
     points = []
     for row in study.points:
         found = row_results(row, config, records)
-        runs = [{"seed": run["seed"], "test": numbers_of(run["test"]), "gap": run["gap"]} for run in found["by_seed"]]
+        by_seed = [
+            {"seed": one["seed"], "test": numbers_of(one["test"]), "gap": one["gap"]} for one in found["by_seed"]
+        ]
         points.append(
             {
                 "value": row.value,
@@ -239,7 +241,7 @@ def _study_results(name: str, config: Config, records: list[dict[str, dict[str, 
                 "model": row.model.folder,
                 "summary": found["summary"],
                 "gap": found["gap"],
-                "by_seed": runs,
+                "by_seed": by_seed,
             }
         )
     return {"title": study.title, "axis": study.axis, "points": points}

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import lightning
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -22,6 +21,7 @@ from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.functional.fusion import fuse
 from czsl_heads.functional.maxsim import maxsim
 from czsl_heads.functional.protocol import CZSLResult
+from czsl_heads.functional.unit import unit_vectors
 from czsl_heads.heads.memory_bank import DynamicMemoryBank
 from czsl_heads.metrics.czsl_score import CZSLScore
 from czsl_heads.metrics.modality_gap import RelativeModalityGap
@@ -53,7 +53,7 @@ class GapVectors:
     counts: dict[str, float] = field(default_factory=lambda: {"images": 0, "pred": 0, "true": 0, "strong": 0})
 
     def update(self, tokens: Tensor, features: Tensor | None, predicted: Tensor, true: Tensor, texts: Tensor) -> None:
-        tokens, texts = F.normalize(tokens.float(), dim=-1), texts.float()
+        tokens, texts = unit_vectors(tokens, torch.float32), texts.float()
         vectors = {"cls": tokens[:, 0]}
         first = 0 if self.include_cls else 1
         for name, columns in (("pred", predicted), ("true", true)):
@@ -273,7 +273,7 @@ class Evaluation(lightning.LightningModule):
     def on_test_epoch_end(self) -> None:
         self.results = {name: {} for name in self.readouts}
         for (name, world, protocol), score in self._scores.items():
-            self.results[name].setdefault(world, {})[protocol] = score.compute()
+            self.results[name].setdefault(world, {})[protocol] = score.result()
         for bank in self._banks.values():
             bank.check_updates()
         self.rejected = max((int(bank.num_rejected) for bank in self._banks.values()), default=0)

@@ -19,7 +19,7 @@ from czsl_heads.training.evaluate import Evaluation
 from czsl_heads.training.open_world import OpenWorld, feasibility_table
 from czsl_heads.training.options import Options
 from czsl_heads.training.rows import Readout
-from czsl_heads.training.run import RECORD, evaluate_model, tested
+from czsl_heads.training.train import RECORD, evaluate_model, tested
 
 
 def finished(run: Path, seed: int | None = None) -> tuple[dict[str, Any], int]:

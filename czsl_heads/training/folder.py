@@ -25,8 +25,8 @@ from czsl_heads.training.config import OPEN_WORLD, Config
 from czsl_heads.training.open_world import FEASIBILITY, feasibility_table, keep_feasibility
 from czsl_heads.training.options import Options
 from czsl_heads.training.rows import Row
-from czsl_heads.training.run import check_learning
 from czsl_heads.training.stage import check_validation
+from czsl_heads.training.train import check_learning
 from czsl_heads.training.trainer import check_trainer
 
 # May differ when a command is taken up again: they decide which numbers there are, or how fast, but beyond rounding

@@ -58,7 +58,7 @@ class Thresholds:
     @cached_property
     def curves(self) -> dict[str, FeasibilityCurve]:
         """What the search found for each readout; call it when all validation images were added."""
-        return {name: search.compute() for name, search in self._searches.items()}
+        return {name: search.result() for name, search in self._searches.items()}
 
     def masked(self, name: str, scores: Tensor) -> Tensor:
         """Scores ``[n, P]`` of other images by one readout, masked at its threshold."""

@@ -190,11 +190,11 @@ class Stage(lightning.LightningModule):
             self._loss_sum += loss.cpu().double() * len(columns)
 
     def on_validation_epoch_end(self) -> None:
-        result = self._scores["standard"].compute()
+        result = self._scores["standard"].result()
         values = {"seen": result.seen, "unseen": result.unseen, "harmonic_mean": result.harmonic_mean}
         self.log("val/auc", result.auc, prog_bar=True)
         self.log_dict({f"val/{name}": value for name, value in values.items()})
-        self.log("val/auc_exact", self._scores["exact"].compute().auc)
+        self.log("val/auc_exact", self._scores["exact"].result().auc)
         self.log(SELECTED, self._selected(result.auc))
 
     def _selected(self, auc: float) -> float:

@@ -10,7 +10,7 @@ from czsl_heads._files import write_json
 from czsl_heads.data.layout import CompositionDataset, DataError
 from czsl_heads.training.finished import trained_space
 from czsl_heads.training.rows import BankPlan, Readout
-from czsl_heads.training.run import evaluate_model, recorded_options
+from czsl_heads.training.train import evaluate_model, recorded_options
 from czsl_heads.training.trainer import is_main_process
 
 TUNED = "tune.json"

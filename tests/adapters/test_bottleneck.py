@@ -49,6 +49,18 @@ def test_dropout_falls_inside_the_bottleneck_in_training_only(generator):
     assert not torch.allclose(adapter.eval()(stream), adapter.up_proj.bias.expand(5, -1))
 
 
+def test_an_adapter_is_made_where_and_as_it_is_wanted():
+    torch.manual_seed(0)
+    double = Bottleneck(7, 3, device="cpu", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in double.parameters()} == {("cpu", torch.float64)}
+    assert {p.device.type for p in Bottleneck(7, 3, device="meta").parameters()} == {"meta"}
+    torch.manual_seed(0)
+    first, second = Bottleneck(7, 3), Bottleneck(7, 3, device="cpu", dtype=torch.float32)
+    torch.manual_seed(0)
+    assert torch.equal(Bottleneck(7, 3).down_proj.weight, first.down_proj.weight)
+    assert torch.equal(Bottleneck(7, 3).down_proj.weight, second.down_proj.weight)
+
+
 def test_reset_starts_from_zero_again(generator):
     adapter = Bottleneck(7, 3)
     with torch.no_grad():

@@ -1,4 +1,5 @@
 import copy
+import pickle
 from itertools import combinations
 
 import pytest
@@ -9,8 +10,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from czsl_heads import add_lora, wrap
-from czsl_heads.adapters.lora import LoRAAttention, LoRALinear
+from czsl_heads import add_lora, merge_lora, remove_lora, unmerge_lora, wrap
+from czsl_heads.adapters.bottleneck import add_bottlenecks
+from czsl_heads.adapters.lora_layers import LoRAAttention, LoRALinear
+from czsl_heads.encoders.blocks import AdaptedAttention, AdaptedLayer
 
 MATRICES = ("q", "k", "v", "o", "fc", "proj")
 DIM = 48
@@ -542,8 +545,275 @@ def test_blocks_of_another_kind_raise(small_clip_factory, small_encoder):
     assert not isinstance(small_encoder.blocks("vision")[0].attn, LoRAAttention)
 
 
-@pytest.mark.parametrize("options", [{"kdim": 5, "vdim": 5}, {"add_bias_kv": True}], ids=["unfused", "bias_k"])
-def test_another_layout_of_the_attention_raises(small_encoder, options):
-    small_encoder.blocks("vision")[2].attn = nn.MultiheadAttention(DIM, 3, batch_first=True, **options)
-    with pytest.raises(TypeError, match="an attention with one fused in_proj_weight and no bias_k, got another layout"):
+class OtherAttention(nn.MultiheadAttention):
+    """Not torch's own: it may do anything."""
+
+
+class OtherLinear(nn.Linear):
+    """Likewise, as the layers of quantised weights do."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (nn.MultiheadAttention, {"kdim": 5, "vdim": 5}),
+        (nn.MultiheadAttention, {"add_bias_kv": True}),
+        (nn.MultiheadAttention, {"add_zero_attn": True}),
+        (OtherAttention, {}),
+    ],
+    ids=["unfused", "bias_k", "zero_attn", "subclass"],
+)
+def test_another_layout_of_the_attention_raises(small_encoder, kind, options):
+    small_encoder.blocks("vision")[2].attn = kind(DIM, 3, batch_first=True, **options)
+    with pytest.raises(TypeError, match="with one fused in_proj_weight and no bias_k, got another layout"):
         add_lora(small_encoder)
+    assert not isinstance(small_encoder.blocks("vision")[0].attn, LoRAAttention)
+    add_lora(small_encoder, matrices=("fc",))  # which leaves the attention alone
+
+
+def test_another_linear_layer_raises(small_encoder):
+    small_encoder.blocks("vision")[2].mlp.c_fc = OtherLinear(DIM, 4 * DIM)
+    with pytest.raises(TypeError, match=r"expected an MLP whose c_fc is an nn\.Linear, got OtherLinear"):
+        add_lora(small_encoder, matrices=("q", "fc"))
+    assert not isinstance(small_encoder.blocks("vision")[0].attn, LoRAAttention)
+    add_lora(small_encoder, matrices=("q", "proj"))
+
+
+@pytest.mark.parametrize(("matrices", "kind"), [(("q",), "MultiheadAttention"), (("fc",), "Linear")])
+def test_hooks_on_what_is_replaced_are_not_lost_in_silence(small_encoder, matrices, kind):
+    block = small_encoder.blocks("vision")[2]
+    layer = block.attn if kind == "MultiheadAttention" else block.mlp.c_fc
+    handle = layer.register_forward_hook(lambda module, inputs, output: None)
+    with pytest.raises(ValueError, match=f"without hooks on what LoRA replaces, got hooks on a {kind}; add them"):
+        add_lora(small_encoder, matrices=matrices)
+    assert not any(isinstance(module, (LoRAAttention, LoRALinear)) for module in small_encoder.modules())
+    handle.remove()
+    add_lora(small_encoder, matrices=matrices)
+
+
+def both_towers(encoder, **options):
+    """Adapters with values of their own in both towers."""
+    modules = [module for tower in ("vision", "text") for module in add_lora(encoder, tower=tower, **options)]
+    return randomise(modules)
+
+
+def outputs(encoder, images):
+    with torch.no_grad():
+        return encoder.encode_tokens(images), encoder.encode_texts(["a red dog", "cat"])
+
+
+def copied_state(encoder):
+    return {name: weight.clone() for name, weight in encoder.state_dict().items()}
+
+
+def same_state(encoder, expected):
+    state = encoder.state_dict()
+    assert list(state) == list(expected)
+    return all(torch.equal(weight, expected[name]) for name, weight in state.items())
+
+
+def test_both_towers_are_merged_and_unmerged_at_once(small_encoder, images):
+    modules = both_towers(small_encoder, matrices=MATRICES)
+    before, weights = outputs(small_encoder, images), [p.clone() for p in small_encoder.parameters()]
+    modules[0].merge()
+    for _ in range(2):  # twice is once
+        merge_lora(small_encoder)
+        assert all(module.merged for module in modules)
+        for one, other in zip(outputs(small_encoder, images), before):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert not all(map(torch.equal, small_encoder.parameters(), weights))
+    for _ in range(2):
+        unmerge_lora(small_encoder)
+        assert not any(module.merged for module in modules)
+        assert all(map(torch.equal, small_encoder.parameters(), weights))
+    assert all(map(torch.equal, outputs(small_encoder, images), before))
+
+
+@pytest.mark.parametrize("tower", ["vision", "text"])
+def test_one_tower_may_be_asked_for(small_encoder, tower):
+    modules = both_towers(small_encoder)
+    of_tower = [block.attn for block in small_encoder.blocks(tower)]
+    merge_lora(small_encoder, tower=tower)
+    assert [module for module in modules if module.merged] == of_tower
+    merge_lora(small_encoder)
+    unmerge_lora(small_encoder, tower=tower)
+    assert [module for module in modules if not module.merged] == of_tower
+    remove_lora(small_encoder, tower=tower)
+    left = [module for module in small_encoder.modules() if isinstance(module, LoRAAttention)]
+    assert left == [module for module in modules if module not in of_tower]
+    with pytest.raises(ValueError, match=f"expected a {tower} tower with LoRA, as `add_lora` makes it, got one"):
+        remove_lora(small_encoder, tower=tower)
+
+
+@pytest.mark.parametrize("matrices", [("q", "v"), ("fc",), MATRICES])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_without_its_adapters_an_encoder_is_what_it_was(small_clip_factory, images, matrices, merged, training):
+    encoder = wrap(small_clip_factory(), tokenizer=str, frozen=False)
+    encoder.blocks("vision")[1].requires_grad_(False)
+    encoder.train(training)
+    text, before = str(encoder), copied_state(encoder)
+    parameters = {name: (id(p), p.requires_grad) for name, p in encoder.named_parameters()}
+    tokens = encoder.encode_tokens(images)
+    randomise(add_lora(encoder, matrices=matrices, layers=2))
+    if merged:
+        merge_lora(encoder)
+    random_state = torch.get_rng_state()
+    remove_lora(encoder)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert {name: (id(p), p.requires_grad) for name, p in encoder.named_parameters()} == parameters
+    assert same_state(encoder, before)
+    assert str(encoder) == text
+    assert all(module.training is training for module in encoder.modules())
+    assert torch.equal(encoder.encode_tokens(images), tokens)
+    assert type(encoder.blocks("vision")[2].attn) is nn.MultiheadAttention
+    assert type(encoder.blocks("vision")[2].mlp.c_fc) is nn.Linear
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_removed_adapters_may_leave_their_updates_in_the_weights(small_clip_factory, images, merged):
+    base, encoder = wrap(small_clip_factory(), tokenizer=str), wrap(small_clip_factory(), tokenizer=str)
+    randomise(add_lora(encoder, matrices=MATRICES, rank=3, alpha=2.0))
+    expected = reference_add_lora(base, encoder)
+    before = encoder.encode_tokens(images)
+    if merged:
+        merge_lora(encoder)
+    remove_lora(encoder, merge=True)
+    assert list(encoder.state_dict()) == list(expected.state_dict())
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(encoder.state_dict()[name], weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(encoder.encode_tokens(images), before, rtol=0, atol=1e-5)
+
+
+def test_adapters_may_come_again(small_encoder, images):
+    before = outputs(small_encoder, images)
+    for _ in range(2):
+        both_towers(small_encoder, matrices=MATRICES)
+        assert not torch.allclose(outputs(small_encoder, images)[1], before[1], atol=1e-2)
+        remove_lora(small_encoder)
+        assert all(map(torch.equal, outputs(small_encoder, images), before))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_the_attention_that_comes_back_has_all_options_of_the_first(small_encoder, bias, batch_first):
+    options = {"dropout": 0.25, "bias": bias, "batch_first": batch_first}
+    base = nn.MultiheadAttention(DIM, 3, **options).to(torch.float64)
+    small_encoder.blocks("vision")[0].attn = base
+    add_lora(small_encoder, layers=[0])
+    remove_lora(small_encoder)
+    again = small_encoder.blocks("vision")[0].attn
+    named = {name: value for name, value in vars(base).items() if isinstance(value, (int, float, bool, type(None)))}
+    assert named["dropout"] == 0.25
+    assert {name: getattr(again, name) for name in named} == named
+    assert [(name, id(p)) for name, p in again.named_parameters()] == [(n, id(p)) for n, p in base.named_parameters()]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_linear_layer_that_comes_back_is_the_first(bias):
+    base = nn.Linear(5, 7, bias=bias)
+    again = LoRALinear(base, rank=2, scale=3.0, dropout=0.0).plain()
+    assert str(again) == str(base)
+    assert again.weight is base.weight
+    assert again.bias is base.bias
+
+
+def test_lora_beside_bottlenecks_is_removed_alone(small_encoder, images):
+    blocks = add_bottlenecks(small_encoder, dim=3)
+    before = copied_state(small_encoder)
+    randomise(add_lora(small_encoder, matrices=MATRICES))
+    remove_lora(small_encoder)
+    assert same_state(small_encoder, before)
+    assert list(small_encoder.blocks("vision")) == blocks
+
+
+def test_hooks_on_adapters_are_not_lost_in_silence(small_encoder):
+    modules = add_lora(small_encoder, matrices=("q", "fc"))
+    handle = modules[-1].register_forward_hook(lambda module, inputs, output: None)
+    with pytest.raises(ValueError, match="would be lost with it, got hooks on a LoRALinear; remove them first"):
+        remove_lora(small_encoder)
+    assert small_encoder.blocks("vision")[0].attn is modules[0]
+    handle.remove()
+    remove_lora(small_encoder)
+
+
+@pytest.mark.parametrize("change", [merge_lora, unmerge_lora, remove_lora])
+def test_an_encoder_without_lora_is_told(small_encoder, change):
+    with pytest.raises(ValueError, match="expected an encoder with LoRA, as `add_lora` makes it, got one without"):
+        change(small_encoder)
+    with pytest.raises(ValueError, match="expected `tower` to be one of vision, text, got 'audio'"):
+        change(small_encoder, tower="audio")
+    with pytest.raises(TypeError, match="expected `encoder` to be an Encoder"):
+        change(small_encoder.model)
+
+
+def test_whether_to_merge_is_yes_or_no(small_encoder):
+    add_lora(small_encoder)
+    with pytest.raises(TypeError, match="expected `merge` to be a bool, got str"):
+        remove_lora(small_encoder, merge="yes")
+
+
+def test_modules_tell_what_they_are(small_encoder):
+    attention, linear = add_lora(small_encoder, matrices=("v", "q", "fc"), rank=2, alpha=3, dropout=0.1, layers=1)
+    assert attention.extra_repr() == (
+        "embed_dim=48, num_heads=3, matrices=qv, rank=2, scale=1.5, dropout=0.1, merged=False"
+    )
+    assert linear.extra_repr() == (
+        "in_features=48, out_features=192, bias=True, rank=2, scale=1.5, dropout=0.1, merged=False"
+    )
+    assert str(linear.deltas["w"]) == "_Delta(rank=2, scale=1.5, dropout=0.1)"
+    merge_lora(small_encoder)
+    assert attention.extra_repr().endswith("merged=True")
+    assert linear.extra_repr().endswith("merged=True")
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_pickle_carries_updates_and_what_unmerging_restores(small_encoder, generator, merged):
+    modules = randomise(add_lora(small_encoder, matrices=("q", "o", "fc"), layers=1))
+    hidden, fused = torch.randn(2, 5, DIM, generator=generator), modules[0].in_proj_weight.clone()
+    if merged:
+        merge_lora(small_encoder)
+    block = small_encoder.blocks("vision")[2]
+    twin = pickle.loads(pickle.dumps(block))
+    assert torch.equal(twin(hidden), block(hidden))
+    assert str(twin) == str(block)
+    twin.attn.unmerge()
+    assert torch.equal(twin.attn.in_proj_weight, fused)
+    assert torch.equal(twin.attn.plain().in_proj_weight, fused)
+
+
+def test_merged_updates_follow_to_another_dtype(small_encoder):
+    modules = both_towers(small_encoder, matrices=MATRICES)
+    expected = {name: weight.bfloat16() for name, weight in copied_state(small_encoder).items()}
+    merge_lora(small_encoder)
+    small_encoder.to(torch.bfloat16)
+    assert all(module.merged for module in modules)
+    assert {weight.dtype for weight in small_encoder.state_dict().values()} == {torch.bfloat16}
+    assert same_state(small_encoder, expected)
+    unmerge_lora(small_encoder)
+    assert same_state(small_encoder, expected)
+
+
+def test_adapted_layers_say_what_others_must_know(generator):
+    base = nn.MultiheadAttention(12, 3, batch_first=True, dropout=0.25)
+    attention, linear = (
+        LoRAAttention(base, ["q", "k", "v", "o"], rank=2, scale=1.0, dropout=0.0),
+        LoRALinear(nn.Linear(12, 4), rank=2, scale=1.0, dropout=0.0),
+    )
+    randomise([attention, linear])
+    assert isinstance(attention, AdaptedAttention)
+    assert isinstance(linear, AdaptedLayer)
+    assert not isinstance(linear, AdaptedAttention)
+    assert not isinstance(base, AdaptedLayer)
+    tokens = torch.randn(2, 5, 12, generator=generator)
+    parts = attention.project_in(tokens)
+    for token in range(5):  # each token by itself, which `per_token` says
+        for part, alone in zip(parts, attention.project_in(tokens[:, token])):
+            torch.testing.assert_close(part[:, token], alone, rtol=0, atol=1e-6)
+    expected = [
+        F.linear(tokens, weight + attention.deltas[matrix].matrix(), bias)
+        for matrix, weight, bias in zip("qkv", base.in_proj_weight.chunk(3), base.in_proj_bias.chunk(3))
+    ]
+    torch.testing.assert_close(list(parts), expected, rtol=0, atol=1e-5)
+    out = F.linear(tokens, base.out_proj.weight + attention.deltas["o"].matrix(), base.out_proj.bias)
+    torch.testing.assert_close(attention.project_out(tokens), out, rtol=0, atol=1e-5)

@@ -28,14 +28,14 @@ def test_nothing_is_hidden_in_a_test_and_removal_undoes_it() -> None:
 
 def test_the_block_sees_the_prefix_and_some_patches_each_once_and_in_order() -> None:
     encoder = wrap("tiny").train()
-    seen: list[torch.Tensor] = []
-    encoder.blocks("vision")[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    arrived: list[torch.Tensor] = []
+    encoder.blocks("vision")[0].register_forward_pre_hook(lambda _, arguments: arrived.append(arguments[0]))
     encoder.encode_tokens(IMAGES)
     drop_patches(encoder, 0.5)
-    encoder.blocks("vision")[0].register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    encoder.blocks("vision")[0].register_forward_pre_hook(lambda _, arguments: arrived.append(arguments[0]))
     torch.manual_seed(3)
     encoder.encode_tokens(IMAGES)
-    whole, part = seen[0], seen[-1]
+    whole, part = arrived[0], arrived[-1]
     kept = []
     for image, tokens in zip(whole, part):
         same = (tokens[:, None] == image[None]).all(dim=2)

@@ -140,15 +140,14 @@ def embedded_patches(state, images, prefix=""):
     return norm(state, f"{prefix}visual.ln_pre", hidden)
 
 
-def text_features(state, context, words, prefix="", positions=True):
+def text_features(state, context, words, prefix=""):
     """ "[SOS] context words [EOS]", padded to the whole context; ``words`` [n, words, width]. Unit rows."""
     table = state[f"{prefix}token_embedding.weight"]
     length = len(state[f"{prefix}positional_embedding"])
     rows = [torch.cat([table[[SOS]], context, row, table[[EOS]]]) for row in words]
     eos = len(rows[0]) - 1
     hidden = F.pad(torch.stack(rows), (0, 0, 0, length - eos - 1), value=0.3)  # behind [EOS]: of no effect
-    if positions:
-        hidden = hidden + state[f"{prefix}positional_embedding"]
+    hidden = hidden + state[f"{prefix}positional_embedding"]
     mask = torch.full((length, length), -torch.inf, dtype=hidden.dtype).triu(1)
     for layer in range(depth(state, prefix)):
         hidden = block(state, f"{prefix}transformer.resblocks.{layer}", hidden, mask)
@@ -159,10 +158,10 @@ def pair_words(table, pairs, attributes):
     return torch.stack([torch.stack([table[a], table[attributes + o]]) for a, o in pairs.tolist()])
 
 
-def csp_logits(state, table, attributes, images, pairs, context=None, positions=True):
+def csp_logits(state, table, attributes, images, pairs, context=None):
     if context is None:
         context = state["token_embedding.weight"][[A, PHOTO, OF]]
-    texts = text_features(state, context, pair_words(table, pairs, attributes), positions=positions)
+    texts = text_features(state, context, pair_words(table, pairs, attributes))
     return state["logit_scale"].exp() * unit(image_tokens(state, images)[:, 0]) @ texts.T
 
 

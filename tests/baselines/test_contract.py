@@ -1,25 +1,24 @@
-"""What every method does, on the embedded CLIP: another is tested by its line in the list."""
+"""What every method does, on the embedded CLIP: another is tested by its entry point."""
 
 import doctest
 import importlib
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from baselines import BASELINES
 from czsl_heads import SparseAlignHead, metrics, wrap
 from czsl_heads.adapters.lora import add_lora
 from czsl_heads.models.method import Logits
-from czsl_heads.models.registry import METHODS as GROUP
-from czsl_heads.models.registry import find_method, method_names
+from czsl_heads.models.registry import find_method, presets_path
 from czsl_heads.prompts.soft import TextFeatures
 from tests.models.shared import (
     ATTRIBUTES,
+    BASELINES,
     LEARNING,
     METHODS,
     PAIRS,
@@ -49,12 +48,13 @@ def compared(model, images, pairs, *vectors):
     return model.compare(model.encode(images), model.texts(pairs), *vectors)
 
 
-def test_the_list_and_the_entry_points_are_one():
-    named = {entry.name: entry.value for entry in entry_points(group=GROUP)}
-    of_baselines = {name for name, value in named.items() if value.startswith("baselines.")}
-    assert of_baselines == BASELINES.keys()
-    assert all(find_method(name) is kind for name, kind in BASELINES.items())
-    assert set(method_names()) >= set(METHODS)
+def test_every_file_of_a_baseline_has_an_entry_point_and_presets():
+    folder = Path(__file__).parents[2] / "baselines"
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__", "official"}
+    assert set(BASELINES) == files
+    for name in BASELINES:
+        assert find_method(name).__module__ == f"baselines.{name}"
+        assert presets_path(name).is_file()
 
 
 @pytest.mark.parametrize("name", LEARNING)
@@ -107,6 +107,37 @@ def test_saved_and_loaded_it_gives_the_same_scores(name, align, images, tmp_path
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("align", ["cls", "max"])
+@pytest.mark.parametrize("training", [False, True])
+def test_no_images_are_a_batch_too(name, align, training, images):
+    head = "cls" if align == "cls" else SparseAlignHead()
+    model = build(name, align=head).train(training)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    some, none = model(images, PAIRS), model(images[:0], PAIRS)
+    for full, empty in zip(parts(some), parts(none)):
+        assert (empty.shape, empty.dtype) == ((0, full.shape[1]), full.dtype)
+    assert model.scores(images[:0], PAIRS).shape == (0, len(PAIRS))
+    assert model.loss(images[:0], PAIRS, TARGETS[:0]).isnan()  # the mean of nothing
+    if not training:
+        assert model.predict(images[:0]) == model.predict([]) == []
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("wrong", [-100, -1, 3])
+def test_targets_that_are_no_pairs_are_told(name, wrong, images):
+    model = build(name)
+    targets = TARGETS.clone()
+    targets[2] = wrong  # -100 would be left out of one loss, and be another pair in the others
+    logits = model.compare(model.encode(images), model.texts(SEEN))[0]
+    assert len(SEEN) == 3
+    for losses in (model.losses, model.validation_losses):
+        with pytest.raises(ValueError, match=rf"expected `targets` to be in \[0, 2\], got {wrong}"):
+            losses(logits, SEEN, targets)
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("world", ["closed", "open"])
 def test_it_is_evaluated_in_both_worlds(name, world, images):
     space = make_space() if world == "closed" else make_space().open_world()
@@ -120,7 +151,7 @@ def test_it_is_evaluated_in_both_worlds(name, world, images):
             assert scores.isfinite().all()
             metric.update(scores, target)
             right += int((scores.argmax(1) == target).sum())
-    assert metric.compute().unbiased.match == pytest.approx(right / len(images))
+    assert metric.result().unbiased.match == pytest.approx(right / len(images))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -343,7 +374,7 @@ def test_bad_arguments_are_named(name, images):
         with pytest.raises(ValueError, match=r"`pairs` of indices below \(3, 2\), got"):
             model(images, torch.tensor(wrong))
     for loss in (model.loss, model.validation_loss):
-        with pytest.raises(ValueError, match="`targets` to be rows of the 4 pairs"):
+        with pytest.raises(ValueError, match=r"`targets` to be in \[0, 3\], got"):
             loss(images, PAIRS, TARGETS + 3)
         with pytest.raises(ValueError, match=r"`targets` of shape \(6\)"):
             loss(images, PAIRS, TARGETS[:5])
@@ -390,7 +421,8 @@ def test_every_example_runs(module):
 
 
 def test_the_import_wants_no_gpu_no_window_and_no_trainer():
-    script = "import sys, baselines; print(*sys.modules)"
+    imports = ", ".join(f"baselines.{name}" for name in BASELINES)
+    script = f"import sys, {imports}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert not loaded & {"tkinter", "turtle", "cv2", "triton", "lightning", "clip", "scipy"}

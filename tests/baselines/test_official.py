@@ -83,18 +83,17 @@ def test_golden_numbers_do_not_depend_on_how_prompts_are_run(golden, encode):
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("positions", [True, False])
-def test_csp_and_coop_of_any_size_agree_with_the_reference(sizes, positions):
+def test_csp_and_coop_of_any_size_agree_with_the_reference(sizes):
     state = reference.random_clip(**sizes)
     table = torch.randn(5, sizes["text"], generator=torch.Generator().manual_seed(3))
     context = torch.randn(2, sizes["text"], generator=torch.Generator().manual_seed(4))
     images, pairs, names = some_images(sizes).double(), some_pairs(), (ATTRIBUTES, OBJECTS)
     wide = reference.doubled(state)
-    csp = CSP.from_official(state, table, *names, enable_pos_emb=positions).double()
-    expected = reference.csp_logits(wide, table.double(), 3, images, pairs, positions=positions)
+    csp = CSP.from_official(state, table, *names).double()
+    expected = reference.csp_logits(wide, table.double(), 3, images, pairs)
     close(csp(images, pairs), expected, atol=1e-9)
-    coop = CoOp.from_official(state, context, table, *names, enable_pos_emb=positions).double()
-    expected = reference.csp_logits(wide, table.double(), 3, images, pairs, context.double(), positions)
+    coop = CoOp.from_official(state, context, table, *names).double()
+    expected = reference.csp_logits(wide, table.double(), 3, images, pairs, context.double())
     close(coop(images, pairs), expected, atol=1e-9)
 
 

@@ -112,7 +112,8 @@ def test_the_changed_troika_is_ours(page, images, reduce):
     )
     tokens = reference.image_tokens(state, images, "clip.", "additional_visual_params")
     drawn = reference.drawn_texts(state, len(ATTRIBUTES), tokens, PAIRS)
-    logits = [page["branch_logits"](official, seen, texts) for seen, texts in zip(page["see"](official, tokens), drawn)]
+    compared = page["see"](official, tokens)
+    logits = [page["branch_logits"](official, views, texts) for views, texts in zip(compared, drawn)]
     ours = Troika.from_official(state, ATTRIBUTES, OBJECTS, align=SparseAlignHead(reduce), disentangle="each")
     for one, other in zip(logits, ours(images, PAIRS)):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=0)

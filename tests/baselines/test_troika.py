@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from baselines.troika import BRANCHES, OFFICIAL, Disentangler, Quirks, Traction, Troika
+from baselines.troika import BRANCHES, OFFICIAL, CrossAttention, Disentangler, Quirks, Traction, TractionLayer, Troika
 from czsl_heads import CompositionSpace, SparseAlignHead, wrap
 from czsl_heads.functional import maxsim
 
@@ -197,18 +197,16 @@ def test_the_released_loop_trains_in_eval_mode_after_its_first_validation():
     assert not troika.training
 
 
-@pytest.mark.parametrize("align_tokens", ["projected", "normed"])
 @pytest.mark.parametrize("include_cls", [True, False])
-def test_sparse_alignment_takes_the_best_token_of_each_branch(images, align_tokens, include_cls):
-    options = {"align_tokens": align_tokens, "disentangle": "each", "patch_norm": "cumulative"}
+def test_sparse_alignment_takes_the_best_token_of_each_branch(images, include_cls):
+    options = {"disentangle": "each", "patch_norm": "cumulative"}
     troika = build(align=SparseAlignHead(include_cls=include_cls), **options)
     texts, tokens = troika.texts(PAIRS), troika.encoder.encode_tokens(images)
     scale, first = troika.encoder.logit_scale, 0 if include_cls else 1
     views = (lambda rows: rows, troika.attribute_disentangler, troika.object_disentangler)
     for branch, (view, rows, normed) in enumerate(zip(views, texts, troika._normed(tokens))):
-        seen = view(normed if align_tokens == "normed" else tokens)[:, first:]
         drawn = troika.traction(rows, troika.traction.read(normed), len(images))
-        cosines = F.normalize(seen, dim=-1) @ drawn.mT
+        cosines = F.normalize(view(tokens)[:, first:], dim=-1) @ drawn.mT
         torch.testing.assert_close(troika(images, PAIRS)[branch], scale * cosines.amax(1), atol=1e-4, rtol=0)
 
 
@@ -241,63 +239,52 @@ def test_the_winner_of_the_best_pair_is_disentangled_alone(images):
     torch.testing.assert_close(logits.attributes, expected, atol=1e-4, rtol=0)
 
 
-def test_with_the_class_token_alone_the_choices_for_tokens_say_nothing(images):
+def test_with_the_class_token_alone_the_choice_for_tokens_says_nothing(images):
     published = build()(images, PAIRS)
-    options = {"align_tokens": "normed", "disentangle": "each", "norm_rows": "cls", "dropout_mask": "image"}
-    for one, other in zip(published, build(**options)(images, PAIRS)):
+    for one, other in zip(published, build(disentangle="each")(images, PAIRS)):
         assert torch.equal(one, other)
 
 
-def batch_of_tokens(seed=0):
-    return torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(seed)).double()
-
-
-def twin_disentanglers(**options):
+def test_the_disentangler_normalises_over_all_tokens():
+    tokens = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0)).double()
+    view = Disentangler(8, dtype=torch.float64)
+    view.norm.momentum = 1.0  # the running statistics are those of the last batch
+    rows = view.proj(tokens).flatten(0, 1)
+    normed = (rows - rows.mean(0)) / (rows.var(0, correction=0) + 1e-5).sqrt()
+    expected = normed.relu().unflatten(0, (5, 3))
     torch.manual_seed(0)
-    one = Disentangler(8, **options).double()
-    one.norm.momentum = 1.0  # the running statistics are those of the last batch
-    return one
+    actual = view.train()(tokens)
+    kept = actual != 0
+    torch.testing.assert_close(actual[kept], 2 * expected[kept])
+    assert 0.2 < kept[expected > 0].double().mean() < 0.8
+    torch.testing.assert_close(view.norm.running_mean, rows.mean(0))
+
+    lasting = (view.norm.running_var + 1e-5).sqrt()
+    expected = ((rows - rows.mean(0)) / lasting).relu().unflatten(0, (5, 3))
+    torch.testing.assert_close(view.eval()(tokens), expected)
 
 
-def test_the_disentangler_normalises_over_all_tokens_or_over_the_class_tokens():
-    tokens = batch_of_tokens()
-    for rows, seen in (("tokens", slice(None)), ("cls", slice(1))):
-        view = twin_disentanglers(norm_rows=rows)
-        hidden = view.proj(tokens)
-        statistics = hidden[:, seen].flatten(0, 1)
-        expected = ((hidden - statistics.mean(0)) / (statistics.var(0, correction=0) + 1e-5).sqrt()).relu()
-        actual = view.train()(tokens)
-        kept = actual != 0
-        torch.testing.assert_close(actual[kept], 2 * expected[kept])
-        assert 0.2 < kept[expected > 0].double().mean() < 0.8
-        torch.testing.assert_close(view.norm.running_mean, statistics.mean(0))
+def test_each_token_has_a_dropout_mask_of_its_own():
+    tokens = torch.randn(5, 1, 8, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1)
+    torch.manual_seed(0)
+    viewed = Disentangler(8).train()(tokens)
+    assert not torch.equal(viewed[:, 0], viewed[:, 1])
 
 
-def test_the_statistics_of_class_tokens_are_differentiated_through():
-    view = twin_disentanglers(norm_rows="cls")
-
-    def normalized(tokens):
-        return view._normalized(view.proj(tokens))
-
-    assert torch.autograd.gradcheck(normalized, batch_of_tokens()[:3].requires_grad_())
-
-
-def test_on_the_class_token_alone_both_statistics_are_one():
-    tokens = batch_of_tokens()[:, :1]
-    results = []
-    for rows in ("tokens", "cls"):
-        view = twin_disentanglers(norm_rows=rows).train()
-        torch.manual_seed(1)
-        results.append(view(tokens))
-    torch.testing.assert_close(*results)
-
-
-def test_one_dropout_mask_an_image_keeps_its_tokens_comparable():
-    tokens = batch_of_tokens()[:, :1].expand(-1, 3, -1)
-    view = twin_disentanglers(dropout_mask="image").train()
-    seen = view(tokens)
-    assert torch.equal(seen, seen[:, :1].expand_as(seen))
-    assert not torch.equal(*(twin_disentanglers(dropout_mask="token").train()(tokens)[:, i] for i in (0, 1)))
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **kind: Disentangler(64, **kind),
+        lambda **kind: CrossAttention(64, 0.0, **kind),
+        lambda **kind: TractionLayer(64, 0.0, **kind),
+        lambda **kind: Traction(64, 2, init=0.1, dropout=0.0, **kind),
+    ],
+    ids=["Disentangler", "CrossAttention", "TractionLayer", "Traction"],
+)
+def test_parts_are_made_where_and_as_they_are_wanted(make):
+    parameters = [*make(device="meta", dtype=torch.float64).parameters()]
+    assert {(p.device.type, p.dtype) for p in parameters} == {("meta", torch.float64)}
+    assert [p.shape for p in parameters] == [p.shape for p in make().parameters()]
 
 
 def test_checkpointing_both_towers_changes_no_gradient(images):
@@ -326,10 +313,7 @@ def test_a_copy_is_independent(images):
         ({"fusion": "sum"}, "`fusion` to be one of probs, logits"),
         ({"text_chunk": -1}, "`text_chunk` to be at least 0"),
         ({"align_branches": ("pair",)}, "`align_branches` to be one of pairs, attributes, objects"),
-        ({"align_tokens": "raw"}, "`align_tokens` to be one of projected, normed"),
         ({"disentangle": "all"}, "`disentangle` to be one of winner, each"),
-        ({"norm_rows": "all"}, "`norm_rows` to be one of tokens, cls"),
-        ({"dropout_mask": "all"}, "`dropout_mask` to be one of token, image"),
         ({"traction_chunk": 0}, "`traction_chunk` to be at least 1"),
         ({"layers": -1}, "`layers` to be at least 0"),
         ({"loss_weights": (1.0, 1.0)}, "`loss_weights` of pairs, attributes and objects"),

@@ -155,3 +155,36 @@ def test_an_architecture_alone_has_the_same_random_weights_each_time(small_archi
     first, second = (wrap(ARCHITECTURE) for _ in range(2))
     assert weights_digest(first) == weights_digest(second)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("kind", ["tiny", open_clip.CLIP, open_clip.CustomTextCLIP, "compiled"])
+def test_wrapping_twice_is_wrapping_once(small_clip_factory, kind, frozen):
+    if kind == "tiny":
+        once, size = wrap("tiny", frozen=frozen), (48, 48)
+    elif kind == "compiled":
+        once, size = torch.compile(wrap(small_clip_factory(), frozen=frozen), backend="eager"), (42, 28)
+    else:
+        once, size = wrap(small_clip_factory(kind), frozen=frozen), (42, 28)
+    flags = [parameter.requires_grad for parameter in once.parameters()]
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    before = once.encode_tokens(images), once.encode_texts(["a red circle"])
+    twice = wrap(once, frozen=frozen)
+    assert twice is once
+    assert [parameter.requires_grad for parameter in twice.parameters()] == flags
+    assert set(flags) == {not frozen}
+    assert all(map(torch.equal, (twice.encode_tokens(images), twice.encode_texts(["a red circle"])), before))
+
+
+def test_wrapping_again_freezes_what_was_not_frozen(small_clip_factory):
+    once = wrap(small_clip_factory(), frozen=False)
+    assert all(parameter.requires_grad for parameter in once.parameters())
+    assert not any(parameter.requires_grad for parameter in wrap(once).parameters())
+    assert not any(parameter.requires_grad for parameter in wrap(once, frozen=False).parameters())
+
+
+def test_a_compiled_encoder_is_known_by_what_it_passes_on(small_encoder, monkeypatch):
+    """As from Python 3.12 on, where isinstance asks the class and the instance alone, and no ``__getattr__``."""
+    compiled = torch.compile(small_encoder, backend="eager")
+    monkeypatch.setattr(type(Encoder), "__instancecheck__", lambda protocol, value: False)
+    assert wrap(compiled) is compiled

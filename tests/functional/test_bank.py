@@ -14,8 +14,8 @@ from czsl_heads.functional.bank import (
     prediction_entropy,
     rank_best,
     row_counts,
-    unit_rows,
 )
+from czsl_heads.functional.unit import unit_rows
 from tests.references import (
     reference_merge_best,
     reference_prediction_entropy,

@@ -287,6 +287,7 @@ def test_without_unseen_samples_areas_are_nan_and_json_has_none():
     assert curve.threshold == -10.0
     values = json.loads(json.dumps(curve.as_dict(), allow_nan=False))
     assert (values["auc"], values["auc_unmasked"]) == ([None] * 3, None)
+    np.testing.assert_equal(curve.scalars(), {"threshold": -10.0, "auc": math.nan, "auc_unmasked": math.nan})
 
 
 def test_a_curve_goes_into_json_as_it_is():
@@ -298,6 +299,10 @@ def test_a_curve_goes_into_json_as_it_is():
     np.testing.assert_array_equal(values["auc"], curve.auc)
     assert values["kept"] == curve.kept.tolist() == sorted(values["kept"], reverse=True)
     assert max(values["auc"]) == values["auc"][values["thresholds"].index(values["threshold"])]
+    assert curve.scalars() == {
+        **{name: values[name] for name in ("threshold", "auc_unmasked")},
+        "auc": max(values["auc"]),
+    }
 
 
 # What is refused

@@ -123,3 +123,15 @@ def test_wrong_arguments_of_fuse_are_told(changes, error, message):
     names = dict(zip(("sa", "vac", "bank"), branches()))
     with pytest.raises(error, match=message):
         fuse(**{**names, "beta": 0.3, "gamma": 0.5, **changes})
+
+
+@pytest.mark.parametrize("column", [0, 1])
+@pytest.mark.parametrize("wrong", [-1, 99])
+def test_indices_out_of_range_are_told(column, wrong):
+    pair_probs, attr_probs, obj_probs, pairs = draw()
+    pairs[4, column] = wrong  # -1 would be the last attribute or object, in silence
+    most = (attr_probs, obj_probs)[column].shape[1] - 1
+    with pytest.raises(ValueError, match=rf"expected `pairs\[:, {column}\]` to be in \[0, {most}\], got {wrong}"):
+        combine(pair_probs, attr_probs, obj_probs, pairs)
+    with pytest.raises(RuntimeError, match=rf"expected `pairs\[:, {column}\]` to be in \[0, {most}\]"):
+        torch.compile(combine, backend="aot_eager", fullgraph=True)(pair_probs, attr_probs, obj_probs, pairs)

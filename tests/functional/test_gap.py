@@ -235,19 +235,19 @@ def test_inputs_are_left_alone():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_choosing_the_token_by_the_label_lowers_the_gap_of_pure_noise(seed):
-    # Why the gap is told for three readouts: nothing was learned here, and the oracle's is far lower.
+    # Why the gap is told for three vectors: nothing was learned here, and the oracle's is far lower.
     generator = torch.Generator().manual_seed(seed)
     texts = F.normalize(torch.randn(29, 64, generator=generator), dim=-1)
     tokens = F.normalize(torch.randn(1009, 50, 64, generator=generator), dim=-1)
     labels = torch.randint(29, (1009,), generator=generator)
     scores, winner = (tokens @ texts.mT).max(dim=1)
     rows = torch.arange(1009)
-    readouts = {
+    vectors = {
         "cls": tokens[:, 0],
         "true": tokens[rows, winner[rows, labels]],
         "pred": tokens[rows, winner[rows, scores.argmax(dim=1)]],
     }
-    gaps = {name: float(relative_modality_gap(images, texts, labels=labels)) for name, images in readouts.items()}
+    gaps = {name: float(relative_modality_gap(images, texts, labels=labels)) for name, images in vectors.items()}
     assert gaps == pytest.approx({"cls": 0.499, "true": 0.422, "pred": 0.497}, abs=0.01)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from czsl_heads.functional import CZSLResult, czsl_scores, evidence
+from czsl_heads.functional import CZSLResult, czsl_scores, score_statistics_op
 from tests.references import reference_czsl_scores, reference_exact_curve
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden" / "evaluator").glob("*.safetensors"))
@@ -130,12 +130,12 @@ def test_all_golden_files_are_there():
     samples=st.integers(2, 131),
     open_world=st.booleans(),
     topk=st.sampled_from([1, 2, 5]),
-    strip=st.sampled_from([2, 3, 32]),
+    tile=st.sampled_from([2, 3, 32]),
 )
 @settings(deadline=None, max_examples=30)
-def test_standard_equals_the_full_matrix(kind, seed, samples, open_world, topk, strip):
+def test_standard_equals_the_full_matrix(kind, seed, samples, open_world, topk, tile):
     arguments = draw(kind, samples=samples, open_world=open_world, seed=seed)
-    with patch.object(evidence, "_STRIP", strip):
+    with patch.object(score_statistics_op, "_TILE", tile):
         result = czsl_scores(*arguments, topk=topk)
     expected = reference_czsl_scores(*arguments, topk=topk)
     assert_equal(result, expected)
@@ -185,16 +185,16 @@ def test_number_of_biases_follows_the_stride():
     shuffle=st.randoms(use_true_random=False),
     topk=st.sampled_from([1, 2, 5]),
     name=st.sampled_from(["standard", "exact"]),
-    strip=st.sampled_from([2, 3, 32]),
+    tile=st.sampled_from([2, 3, 32]),
 )
 @settings(deadline=None, max_examples=15)
-def test_blocks_of_any_width_in_any_order_change_nothing(kind, seed, edges, shuffle, topk, name, strip):
+def test_blocks_of_any_width_in_any_order_change_nothing(kind, seed, edges, shuffle, topk, name, tile):
     scores, *rest = draw(kind, seed=seed)
     order = list(range(len(edges) + 1))
     shuffle.shuffle(order)
     blocks = cut(scores, sorted(edges), order)
     whole = czsl_scores(scores, *rest, protocol=name, topk=topk)
-    with patch.object(evidence, "_STRIP", strip):
+    with patch.object(score_statistics_op, "_TILE", tile):
         streamed = czsl_scores((block for block in blocks), *rest, protocol=name, topk=topk)
     assert streamed.as_dict() == whole.as_dict()
 
@@ -209,7 +209,7 @@ def test_empty_blocks_change_nothing():
 def test_samples_ranked_a_few_at_a_time_change_nothing(kind, monkeypatch):
     arguments = draw(kind)
     whole = czsl_scores(*arguments, topk=2)
-    monkeypatch.setattr(evidence, "_CHUNK", 5 * 128)
+    monkeypatch.setattr(score_statistics_op, "_CHUNK", 5 * 128)
     assert czsl_scores(*arguments, topk=2).as_dict() == whole.as_dict()
 
 
@@ -437,6 +437,16 @@ def test_all_of_a_result_goes_into_json():
         assert values["auc"] == result.auc
         assert values["unbiased"]["match"] == result.unbiased.match
         assert values["curve"] == result.curve.tolist()
+
+
+def test_scalars_are_the_single_numbers_as_they_are():
+    scores, target, attr, obj, seen, candidates = draw()
+    kept = seen[target]
+    result = czsl_scores(scores[kept], target[kept], attr, obj, seen, candidates, protocol="exact")
+    single = {name: value for name, value in vars(result).items() if isinstance(value, float)}
+    assert list(result.scalars()) == list(single)
+    np.testing.assert_equal(result.scalars(), single)  # with NaN and -inf
+    assert math.isnan(result.scalars()["auc"])
 
 
 def test_what_json_cannot_say_is_none():

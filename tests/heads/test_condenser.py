@@ -404,3 +404,13 @@ def test_wrong_tokens_are_told(method):
 def test_repr_tells_the_options():
     shown = repr(VACondenser(DIM, depth=2, num_heads=3, mlp_ratio=2.0, dropout=0.1))
     assert "dim=15, depth=2, num_heads=3, mlp_ratio=2.0, dropout=0.1" in shown
+
+
+def test_parameters_are_made_where_and_as_is_asked():
+    condenser = VACondenser(8, depth=2, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in condenser.parameters()} == {("meta", torch.bfloat16)}
+    torch.manual_seed(0)
+    plain = VACondenser(8)
+    torch.manual_seed(0)
+    made = VACondenser(8, device="cpu", dtype=torch.float32)
+    assert all(torch.equal(*both) for both in zip(plain.parameters(), made.parameters()))

@@ -11,9 +11,11 @@ from safetensors.torch import load, save
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from czsl_heads.functional.bank import merge_best, prediction_entropy, unit_rows
+from czsl_heads.functional.bank import merge_best, prediction_entropy
 from czsl_heads.functional.retrieval import PairTexts, retrieve
+from czsl_heads.functional.unit import unit_rows
 from czsl_heads.heads.memory_bank import DynamicMemoryBank
+from czsl_heads.heads.update_check import Found, UpdateCheck
 from tests.references import reference_bank_insert, reference_retrieve, reference_retrieve_prototypes
 
 PAIRS, DIM, SLOTS = 5, 7, 3
@@ -791,7 +793,7 @@ def test_an_update_asks_a_gpu_for_nothing():
 @pytest.mark.parametrize("pairs", [3, 10_000])
 def test_a_gpu_is_waited_for_once_in_several_batches(pairs, monkeypatch):
     bank, asked = DynamicMemoryBank(10_000, DIM, slots=100), []
-    monkeypatch.setattr(DynamicMemoryBank, "_tell_fault", lambda self: asked.append(len(self.pair)))
+    monkeypatch.setattr(UpdateCheck, "tell", lambda self: asked.append(1))
     probs = torch.full((1, 10_000), 1e-4).expand(20, -1)
     for batch in range(100):
         labels = torch.randint(0, pairs, (20,), generator=seeded(batch))  # the rows of few pairs fill up at once
@@ -802,13 +804,13 @@ def test_a_gpu_is_waited_for_once_in_several_batches(pairs, monkeypatch):
 
 def test_faults_of_a_batch_on_a_gpu_are_told_when_a_number_is_asked_for(monkeypatch):
     bank, expected = fill(build()), fill(build())
-    tell = DynamicMemoryBank._tell_fault
+    tell = UpdateCheck.tell
     with monkeypatch.context() as patch:  # as where the values cannot be seen without waiting
-        patch.setattr(DynamicMemoryBank, "_tell_fault", lambda self: None)
+        patch.setattr(UpdateCheck, "tell", lambda self: None)
         bank.update(draw_features(3), UNIFORM, pair_index=torch.tensor([0, 7, 1]))
         bank.update(draw_features(3), 5 * UNIFORM)
         bank.update(*draw(seed=3))
-    assert DynamicMemoryBank._tell_fault is tell
+    assert UpdateCheck.tell is tell
     with pytest.raises(ValueError, match=r"expected `pair_index` to be in \[0, 4\], got 7"):
         bank.counts  # noqa: B018
     expected.update(*draw(seed=3))
@@ -818,9 +820,10 @@ def test_faults_of_a_batch_on_a_gpu_are_told_when_a_number_is_asked_for(monkeypa
 def test_a_fault_that_is_told_late_loses_no_other_batch(monkeypatch):
     bank, expected = build(), build()
     with monkeypatch.context() as patch:
-        patch.setattr(DynamicMemoryBank, "_note_fault", lambda self, fault: setattr(self, "_fault", fault))
-        bank._fault = torch.tensor([2.0, 1.0, 5.0, 1.0])  # of a batch before
-        patch.setattr(DynamicMemoryBank, "_note_fault", lambda self, fault: None)
+        bank._check.fault = torch.tensor([2.0, 1.0, 5.0, 1.0])  # of a batch before
+        patch.setattr(
+            UpdateCheck, "look", lambda self, probs, *_: Found(torch.ones(len(probs)) > 0, torch.tensor(True))
+        )
         with pytest.raises(ValueError, match=r"got a sum of 5 and a smallest value of 1 in row 1"):
             bank.update(*draw(seed=3))
     expected.update(*draw(seed=3))
@@ -830,8 +833,8 @@ def test_a_fault_that_is_told_late_loses_no_other_batch(monkeypatch):
 
 def test_faults_go_along_with_the_bank():
     bank = fill(build())
-    bank._fault = torch.tensor([1.0, 0.0, 7.0, 0.0])
-    assert copy.deepcopy(bank).to("meta")._fault.device.type == "meta"
+    bank._check.fault = torch.tensor([1.0, 0.0, 7.0, 0.0])
+    assert copy.deepcopy(bank).to("meta")._check.fault.device.type == "meta"
     with pytest.raises(ValueError, match="got 7"):
         bank.double().check_updates()
 
@@ -886,3 +889,91 @@ def test_stored_order_is_that_of_the_merge():
     order = merge_best(state["pair"], state["entropy"], num_pairs=PAIRS, slots=SLOTS)
     assert torch.equal(order, torch.arange(used))
     assert len(state["features"]) == used
+
+
+def test_a_scale_that_is_trained_gets_its_gradient_or_is_refused():
+    log_scale = nn.Parameter(torch.tensor(2.0))
+    with pytest.raises(ValueError, match="expected `logit_scale` to be a constant, got a tensor that requires grad"):
+        build(logit_scale=log_scale.exp())
+    bank = fill(build())
+    features = draw_features(3, seed=5)
+    logits = bank(features, logit_scale=log_scale.exp())
+    torch.testing.assert_close(logits, fill(build(logit_scale=log_scale.exp().detach()))(features))
+    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), log_scale)
+    torch.testing.assert_close(gradient, logits[:, 0].sum())  # of exp(s) times a constant: itself
+
+
+@pytest.mark.parametrize("exponent", [-25, 25])
+def test_the_norm_of_what_is_stored_and_asked_does_not_matter(exponent):
+    bank, other, factor = build(), build(), 10.0**exponent
+    features, probs = draw()
+    texts, index = draw_features(2, seed=7), torch.tensor([1, 4])
+    bank.fill_texts(texts, index)
+    bank.update(features, probs)
+    other.fill_texts(texts * factor, index)
+    other.update(features * factor, probs)
+    assert int(other.num_rejected) == 0
+    torch.testing.assert_close(other.state_dict(), bank.state_dict())
+    torch.testing.assert_close(other(features * factor), bank(features))
+    every = torch.arange(PAIRS)
+    torch.testing.assert_close(other.prototypes(features * factor, every), bank.prototypes(features, every))
+
+
+IMPOSSIBLE = {
+    "pair out of range": ("pair", lambda pair: pair + PAIRS, r"expected `pair` to be in \[0, 4\], got"),
+    "negative pair": ("pair", lambda pair: pair - PAIRS, r"expected `pair` to be in \[0, 4\], got -"),
+    "too many images": ("pair", torch.zeros_like, "expected `pair` of at most 3 entries in a row, got 8"),
+    "NaN vector": (
+        "features",
+        lambda rows: rows * torch.nan,
+        "expected `features` of unit length, got a length of nan",
+    ),
+    "long vector": (
+        "features",
+        lambda rows: rows * 2,
+        "expected `features` of unit length, got a length of 2 in row 0",
+    ),
+    "zero vector": ("features", torch.zeros_like, "expected `features` of unit length, got a length of 0 in row 0"),
+    "NaN entropy": ("entropy", lambda values: values * torch.nan, "expected `entropy` of finite numbers, got NaN"),
+    "text pair": ("text_pair", lambda pair: pair - 9, r"expected `text_pair` to be in \[0, 4\], got -"),
+    "too many texts": ("text_pair", torch.zeros_like, "expected `text_pair` of at most 3 entries in a row, got 4"),
+    "NaN text": ("texts", lambda rows: rows * torch.nan, "expected `texts` of unit length, got a length of nan"),
+    "rank": ("text_rank", lambda rank: rank + 1, "expected `text_rank` to count the texts of each row"),
+    "count": ("count", lambda count: count + 1, "expected `count` to be the 8 entries, got 9"),
+    "rejected": ("num_rejected", lambda count: count - 9, "expected `num_rejected` to be at least 0, got -9"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "message"), IMPOSSIBLE.values(), ids=IMPOSSIBLE.keys())
+def test_states_that_cannot_be_are_told_and_change_nothing(name, change, message):
+    state = fill(build()).state_dict()
+    assert len(state["pair"]) == 8
+    bank = fill(build(), seed=4)
+    before = state_of(bank)
+    with pytest.raises(ValueError, match=message):
+        bank.load_state_dict({**state, name: change(state[name])})
+    assert same(bank.state_dict(), before)
+
+
+def test_states_of_other_kinds_are_told():
+    state = fill(build()).state_dict()
+    with pytest.raises(TypeError, match=r"expected `pair` of dtype torch.int64, got torch.float32"):
+        build().load_state_dict({**state, "pair": state["pair"].float()})
+    with pytest.raises(TypeError, match=r"expected `features` of dtype torch.float32, .*, got torch.int64"):
+        build().load_state_dict({**state, "features": state["features"].long()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_state_that_a_bank_saves_can_be_loaded(dtype):
+    bank = fill(build(dtype=dtype), 60)
+    assert bank.features.dtype == dtype
+    twin = build(dtype=dtype)
+    twin.load_state_dict(bank.state_dict())
+    assert same(twin.state_dict(), bank.state_dict())
+
+
+def test_a_bank_is_made_where_and_as_is_asked():
+    bank = build(device="meta", dtype=torch.bfloat16)
+    assert {buffer.device.type for buffer in bank.buffers()} == {"meta"}
+    assert bank.features.dtype == bank.texts.dtype == torch.bfloat16
+    assert bank.entropy.dtype == torch.float32

@@ -368,3 +368,38 @@ def test_a_scalar_tensor_is_read_as_the_scale():
     assert head.logit_scale == 7.0
     with pytest.raises(ValueError, match=r"expected `logit_scale` of shape \(\), got \(3,\)"):
         SparseAlignHead(logit_scale=torch.ones(3))
+
+
+def test_a_scale_that_is_trained_gets_its_gradient_or_is_refused():
+    log_scale = nn.Parameter(torch.tensor(2.0))
+    with pytest.raises(ValueError, match="expected `logit_scale` to be a constant, got a tensor that requires grad"):
+        SparseAlignHead(logit_scale=log_scale.exp())
+    assert SparseAlignHead(logit_scale=log_scale.exp().detach()).logit_scale == pytest.approx(log_scale.exp().item())
+
+    tokens, texts = draw()
+    logits = SparseAlignHead()(tokens, texts, logit_scale=log_scale.exp())
+    cosines = SparseAlignHead(logit_scale=1.0)(tokens, texts)
+    torch.testing.assert_close(logits, log_scale.exp() * cosines)
+    (gradient,) = torch.autograd.grad(logits.sum(), log_scale)
+    torch.testing.assert_close(gradient, logits.sum())  # of exp(s) times a constant: itself
+
+
+@plain_reduction
+@pytest.mark.parametrize("exponent", [-25, 25])
+def test_the_norm_of_tokens_and_texts_does_not_matter(options, exponent):
+    head = SparseAlignHead(**options)
+    tokens, texts = draw()
+    expected = head(tokens, texts)
+    torch.testing.assert_close(head(tokens * 10.0**exponent, texts), expected)
+    torch.testing.assert_close(head(tokens, texts * 10.0**exponent), expected)
+
+
+@pooled_reduction
+def test_parameters_are_made_where_and_as_is_asked(options):
+    head = SparseAlignHead(**options, device="meta", dtype=torch.float64)
+    assert {(p.device.type, p.dtype) for p in head.parameters()} == {("meta", torch.float64)}
+    torch.manual_seed(0)
+    plain = SparseAlignHead(**options)
+    torch.manual_seed(0)
+    made = SparseAlignHead(**options, device="cpu", dtype=torch.float32)
+    assert all(torch.equal(*both) for both in zip(plain.parameters(), made.parameters()))

@@ -37,6 +37,12 @@ def expected(scores, target, **options):
     return search_threshold(scores, target, *SPACE.pairs.unbind(1), SPACE.seen_mask, EVAL_MASK, **options).as_dict()
 
 
+def expected_scalars(scores, target, **options):
+    """What ``compute`` gives, as numbers."""
+    curve = expected(scores, target, **options)
+    return {"threshold": curve["threshold"], "auc": max(curve["auc"]), "auc_unmasked": curve["auc_unmasked"]}
+
+
 @pytest.fixture
 def search():
     return FeasibilitySearch(SPACE, FEASIBILITY, eval_mask=EVAL_MASK, steps=STEPS)
@@ -55,7 +61,7 @@ def test_batches_in_any_cut_equal_the_function(cuts, masking, protocol, topk):
     search = FeasibilitySearch(SPACE, FEASIBILITY, eval_mask=EVAL_MASK, steps=STEPS, **options)
     for first, last in zip([0, *sorted(cuts)], [*sorted(cuts), SAMPLES]):
         search.update(scores[first:last], target[first:last])
-    assert search.compute().as_dict() == expected(scores, target, **options)
+    assert search.result().as_dict() == expected(scores, target, **options)
 
 
 def test_default_is_50_steps_over_all_pairs():
@@ -63,7 +69,7 @@ def test_default_is_50_steps_over_all_pairs():
     search = FeasibilitySearch(SPACE, FEASIBILITY)
     search.update(scores, target)
     every = search_threshold(scores, target, *SPACE.pairs.unbind(1), SPACE.seen_mask, feasibility=FEASIBILITY)
-    assert search.compute().as_dict() == every.as_dict()
+    assert search.result().as_dict() == every.as_dict()
     assert len(every.thresholds) == 50
 
 
@@ -71,13 +77,13 @@ def test_blocks_of_columns_equal_whole_rows(search):
     scores, target = draw()
     for rows in (slice(0, 11), slice(11, None)):
         search.update(((first, scores[rows, first : first + 7]) for first in (14, 0, 28, 21, 7)), target[rows])
-    assert search.compute().as_dict() == expected(scores, target)
+    assert search.result().as_dict() == expected(scores, target)
 
 
 def test_state_grows_with_samples_and_steps_not_with_pairs(search):
     search.update(*draw())
     kept = sum(part.numel() for state in search.metric_state.values() for part in state)
-    assert kept == SAMPLES * (1 + 1 + 2 * (1 + STEPS) + 1)
+    assert kept - search.settings.numel() == SAMPLES * (1 + 1 + 2 * (1 + STEPS) + 1)
 
 
 def test_empty_batches_and_forward_and_reset(search):
@@ -85,12 +91,53 @@ def test_empty_batches_and_forward_and_reset(search):
     search.reset()
     scores, target = draw()
     search.update(scores[:0], target[:0])
-    assert search(scores[:11], target[:11]).as_dict() == expected(scores[:11], target[:11])
+    assert search(scores[:11], target[:11]).scalars() == expected_scalars(scores[:11], target[:11])
     search.update(scores[11:], target[11:])
-    result = search.compute()
+    result = search.result()
     assert isinstance(result, FeasibilityCurve)
     assert result.as_dict() == expected(scores, target)
-    assert search.compute() is result  # from the cache
+    assert search.result() is result  # from the cache
+
+
+def test_compute_gives_scalar_tensors_of_the_curve(search):
+    scores, target = draw()
+    search.update(scores, target)
+    found = search.compute()
+    assert list(found) == ["threshold", "auc", "auc_unmasked"]
+    assert all(value.shape == () and value.dtype == torch.float64 for value in found.values())
+    assert found.scalars() == search.result().scalars() == expected_scalars(scores, target)
+    curve = search.result()
+    assert found["auc"] == curve.auc[curve.thresholds == curve.threshold][0]
+
+
+@pytest.mark.parametrize("key", ["threshold", "auc", "auc_unmasked"])
+def test_a_key_gives_one_scalar_tensor(key):
+    scores, target = draw()
+    search = FeasibilitySearch(SPACE, FEASIBILITY, eval_mask=EVAL_MASK, steps=STEPS, key=key)
+    search.update(scores, target)
+    assert search.compute().shape == ()
+    assert search.compute().item() == expected_scalars(scores, target)[key]
+    assert search.higher_is_better is (None if key == "threshold" else True)
+
+
+def test_areas_that_do_not_exist_are_nan(search):
+    scores, target = draw()
+    seen = SPACE.seen_mask[target]
+    search.update(scores[seen], target[seen])
+    found = search.compute().scalars()
+    assert found["threshold"] == -10
+    assert math.isnan(found["auc"])
+    assert math.isnan(found["auc_unmasked"])
+
+
+def test_an_error_in_forward_leaves_the_search_as_it_was(search):
+    scores, target = draw()
+    search(scores[:11], target[:11])
+    with pytest.raises(ValueError, match=r"expected `scores` of shape \(3, pairs\), got"):
+        search(scores[11:], target[:3])
+    assert search.result().as_dict() == expected(scores[:11], target[:11])
+    search(scores[11:], target[11:])
+    assert search.result().as_dict() == expected(scores, target)
 
 
 def test_copies_go_their_own_way(search):
@@ -98,8 +145,8 @@ def test_copies_go_their_own_way(search):
     search.update(scores[:11], target[:11])
     for other in (copy.deepcopy(search), pickle.loads(pickle.dumps(search))):
         other.update(scores[11:], target[11:])
-        assert other.compute().as_dict() == expected(scores, target)
-    assert search.compute().as_dict() == expected(scores[:11], target[:11])
+        assert other.result().as_dict() == expected(scores, target)
+    assert search.result().as_dict() == expected(scores[:11], target[:11])
 
 
 def test_search_stands_in_a_collection_beside_scores(search):
@@ -107,9 +154,11 @@ def test_search_stands_in_a_collection_beside_scores(search):
     collection = MetricCollection({"search": search, "score": CZSLScore(SPACE, eval_mask=EVAL_MASK)})
     for rows in (slice(0, 11), slice(11, None)):
         collection.update(scores[rows], target[rows])
-    results = collection.compute()
-    assert results["search"].as_dict() == expected(scores, target)
-    assert results["score"].auc == results["search"].auc_unmasked
+    found = collection.compute()
+    for name, value in expected_scalars(scores, target).items():
+        assert found[f"search_{name}"].item() == value
+    assert found["score_auc"] == found["search_auc_unmasked"]
+    assert collection["search"].result().as_dict() == expected(scores, target)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +180,9 @@ def test_search_stands_in_a_collection_beside_scores(search):
         ({"steps": 0}, ValueError, "expected `steps` to be at least 1, got 0"),
         ({"topk": 36}, ValueError, r"expected `topk` to be in \[1, 35\], got 36"),
         ({"topk": 1.5}, TypeError, "expected `topk` to be an integer, got 1.5"),
+        ({"key": "kept"}, ValueError, "expected `key` to be one of threshold, auc, auc_unmasked, got 'kept'"),
+        ({"steps": 1.5}, TypeError, "expected `steps` to be an integer, got 1.5"),
+        ({"feasibility": [0.5] * 35}, TypeError, "expected `feasibility` to be a torch.Tensor, got list"),
     ],
 )
 def test_wrong_options_are_told(change, error, message):
@@ -138,12 +190,20 @@ def test_wrong_options_are_told(change, error, message):
         FeasibilitySearch(**{"space": SPACE, "feasibility": FEASIBILITY, **change})
 
 
+def test_a_space_without_unseen_pairs_is_told():
+    seen = SPACE.subset(SPACE.seen_mask)
+    with pytest.raises(ValueError, match="expected `space` with an unseen pair, got none"):
+        FeasibilitySearch(seen, torch.zeros(len(seen)))
+
+
 def test_what_cannot_be_computed_is_told(search):
     with pytest.raises(ValueError, match="expected at least one sample before `compute`, got none"):
         search.compute()
     scores, target = draw()
-    with pytest.raises(ValueError, match="expected `target_pair` to be candidates under `eval_mask`"):
+    with pytest.raises(ValueError, match="expected `target` to be candidates under `eval_mask`"):
         search.update(scores, torch.full((SAMPLES,), 2))
+    with pytest.raises(TypeError, match=r"expected `target` to be a torch.Tensor, got list"):
+        search.update(scores, target.tolist())
     scores[3, 5] = math.nan
     search.update(scores, target)
     with pytest.raises(ValueError, match=r"expected `scores` without NaN and \+inf, got one in sample 3"):

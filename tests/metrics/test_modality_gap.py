@@ -2,6 +2,7 @@ import copy
 import pickle
 from itertools import pairwise
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.multiprocessing
@@ -81,7 +82,9 @@ def test_state_does_not_grow(mode, size):
     metric = RelativeModalityGap(texts)
     for _ in range(3):
         metric.update(images, match)
-        assert sum(state.numel() for state in metric.metric_state.values()) == size
+        states = [state for name, state in metric.metric_state.items() if name != "settings"]
+        assert sum(state.numel() for state in states) == size
+        assert metric.settings.numel() == 8
 
 
 @each_mode
@@ -134,6 +137,63 @@ def test_metric_stands_in_a_collection(mode):
     gaps = collection.compute()
     assert_equal(gaps["plain"], expected(texts, images, match))
     assert_equal(gaps["self"], expected(texts, images, match, include_self=True))
+    assert len(collection.compute_groups) == 1
+
+
+def test_metrics_of_other_texts_share_no_states():
+    texts, images, labels = draw("class")
+    collection = MetricCollection({"one": RelativeModalityGap(texts), "other": RelativeModalityGap(texts.flip(1))})
+    collection.update(images[:0], labels[:0])  # gives both the same states
+    collection.update(images, labels)
+    gaps = collection.compute()
+    assert_equal(gaps["one"], expected(texts, images, labels))
+    assert_equal(gaps["other"], expected(texts.flip(1), images, labels))
+
+
+@each_mode
+@pytest.mark.parametrize("options", [{}, {"dist_sync_on_step": True}])
+def test_forward_of_one_image_is_nan_and_adds_it(mode, options):
+    texts, images, match = draw(mode)
+    metric = RelativeModalityGap(texts, **options)
+    edges = [0, 5, 6, 6, 20, 21, SAMPLES]  # batches of one image, and of none
+    for first, last in pairwise(edges):
+        gap = metric(images[first:last], match[first:last])
+        if last - first < 2:
+            assert gap.isnan()
+            assert gap.shape == ()
+            assert gap.dtype == torch.float64
+        else:
+            assert_equal(gap, expected(texts, images[first:last], match[first:last]))
+        if last >= 2:
+            assert_equal(metric.compute(), expected(texts, images[:last], match[:last]))
+    assert metric.num_images == SAMPLES
+    assert metric.update_count == len(edges) - 1
+
+
+@each_mode
+def test_forward_of_one_image_first_is_that_of_update(mode):
+    texts, images, match = draw(mode)
+    stepped, updated = RelativeModalityGap(texts), RelativeModalityGap(texts)
+    for rows in (slice(0, 1), slice(1, None)):
+        stepped(images[rows], match[rows])
+        updated.update(images[rows], match[rows])
+    assert torch.equal(stepped.compute(), updated.compute())
+
+
+def test_an_image_with_itself_is_a_gap():
+    texts, images, labels = draw("class")
+    metric = RelativeModalityGap(texts, include_self=True)
+    assert_equal(metric(images[:1], labels[:1]), expected(texts, images[:1], labels[:1], include_self=True))
+
+
+def test_it_can_be_plotted():
+    texts, images, labels = draw("class")
+    metric = RelativeModalityGap(texts)
+    steps = [metric(images[rows], labels[rows]) for rows in (slice(0, 9), slice(9, 10), slice(10, None))]
+    for val in (None, steps):
+        figure, axes = metric.plot(val)
+        assert axes.get_ylim() == pytest.approx((-0.1, 1.1))
+        plt.close(figure)
 
 
 def test_texts_given_are_those_of_construction():
@@ -244,23 +304,38 @@ def test_nan_propagates(mode):
 @pytest.mark.parametrize(
     ("mode", "change", "error", "message"),
     [
-        ("class", {"match": torch.full((SAMPLES,), 5)}, ValueError, r"expected `labels` to be in \[0, 5\), got 5"),
-        ("class", {"match": torch.ones(SAMPLES, DIM)}, TypeError, r"`labels` of dtype torch.int64, got torch.float32"),
-        ("class", {"match": torch.ones(7).long()}, ValueError, r"`labels` of shape .*images=37.*got \(7,\)"),
-        ("class", {"images": torch.ones(SAMPLES, 7)}, ValueError, r"`texts` of shape .*dim=7, got \(5, 11\)"),
-        ("pair", {"match": torch.ones(SAMPLES).long()}, TypeError, r"`texts` of dtype .*got torch.int64"),
-        ("pair", {"match": torch.ones(7, DIM)}, ValueError, r"`texts` of shape .*images=37.*got \(7, 11\)"),
+        ("class", {"match": torch.full((SAMPLES,), 5)}, ValueError, r"expected `match` to be in \[0, 4\], got 5"),
+        ("class", {"match": torch.full((SAMPLES,), -1)}, ValueError, r"expected `match` to be in \[0, 4\], got -1"),
+        ("class", {"match": torch.ones(SAMPLES, DIM)}, TypeError, r"`match` of dtype torch.int64, got torch.float32"),
+        ("class", {"match": torch.ones(7).long()}, ValueError, r"`match` of shape .*images=37.*got \(7,\)"),
+        ("class", {"match": 3}, TypeError, r"expected `match` to be a torch.Tensor, got int"),
+        ("class", {"images": torch.ones(SAMPLES, 7)}, ValueError, r"`images` of shape \(images, 11\), got \(37, 7\)"),
+        ("class", {"images": torch.ones(SAMPLES)}, ValueError, r"`images` of shape \(images, 11\), got \(37,\)"),
+        ("pair", {"match": torch.ones(SAMPLES).long()}, TypeError, r"`match` of dtype .*got torch.int64"),
+        ("pair", {"match": torch.ones(7, DIM)}, ValueError, r"`match` of shape .*images=37.*got \(7, 11\)"),
+        ("pair", {"match": torch.ones(SAMPLES, 7)}, ValueError, r"`match` of shape .*dim=11, got \(37, 7\)"),
+        ("pair", {"match": torch.zeros(SAMPLES, DIM)}, ValueError, r"`match` without zero vectors, got .*row 0"),
         ("pair", {"images": [1.0]}, TypeError, r"expected `images` to be a torch.Tensor, got list"),
         ("pair", {"images": torch.zeros(SAMPLES, DIM)}, ValueError, r"`images` without zero vectors, got .*row 0"),
+        (
+            "pair",
+            {"images": torch.ones(SAMPLES, 7), "match": torch.ones(SAMPLES, 7)},
+            ValueError,
+            r"expected `images` of shape \(images, 11\), got \(37, 7\)",
+        ),
     ],
 )
 def test_a_refused_update_leaves_the_metric_as_it_was(mode, change, error, message):
     texts, images, match = draw(mode)
     metric = RelativeModalityGap(texts)
     metric.update(images, match)
-    with pytest.raises(error, match=message):
-        metric.update(**{"images": images, "match": match, **change})
-    assert torch.equal(metric.compute(), expected(texts, images, match))
+    known = metric.compute()
+    for refusing in (metric, metric.update):
+        with pytest.raises(error, match=message):
+            refusing(**{"images": images, "match": match, **change})
+        assert torch.equal(metric.compute(), known)
+    metric(images[:3], match[:3])
+    assert metric.num_images == SAMPLES + 3
 
 
 @pytest.mark.parametrize(
@@ -275,3 +350,8 @@ def test_a_refused_update_leaves_the_metric_as_it_was(mode, change, error, messa
 def test_wrong_texts_are_told_at_construction(texts, error, message):
     with pytest.raises(error, match=message):
         RelativeModalityGap(texts)
+
+
+def test_an_option_of_another_kind_is_told():
+    with pytest.raises(TypeError, match="expected `include_self` to be a bool, got str"):
+        RelativeModalityGap(include_self="no")

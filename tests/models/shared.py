@@ -2,11 +2,12 @@
 
 import torch
 
-from baselines import BASELINES
 from czsl_heads import CompositionSpace, wrap
-from czsl_heads.models.registry import find_method
+from czsl_heads.models.registry import find_method, method_names
 from czsl_heads.training.options import load_options
 
+# of this package: others may be installed
+BASELINES = [name for name in method_names() if find_method(name).__module__.startswith("baselines.")]
 METHODS = [*BASELINES, "sac"]
 THREE_BRANCHES = ["troika", "sac"]
 LEARNING = [name for name in METHODS if load_options(name, "shapes")[0].epochs]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from czsl_heads import SparseAlignHead, VACondenser, wrap
-from czsl_heads.adapters.lora import LoRAAttention
+from czsl_heads.adapters.lora_layers import LoRAAttention
 from czsl_heads.encoders.digest import weights_digest
 from czsl_heads.heads.sparse_align import POOLS, Reduce
 from czsl_heads.models.condensed import Condensed

@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 
-from baselines import BASELINES
 from czsl_heads import load
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
@@ -14,7 +13,7 @@ from czsl_heads.models.recipe import CondenserOptions, Recipe, build, method_opt
 from czsl_heads.models.registry import find_method, method_names, presets_path
 from czsl_heads.models.sac import Aligned
 from czsl_heads.training.options import load_options, preset_names
-from tests.models.shared import PAIRS, SEEN, TARGETS, disturb, make_images, make_space
+from tests.models.shared import METHODS, PAIRS, SEEN, TARGETS, disturb, make_images, make_space
 
 # A method with what may go wrong: a statistic that is no parameter, something frozen, and a part named as the bank is.
 STRANGER = '''
@@ -87,9 +86,9 @@ def make(**options):
 
 def test_methods_of_this_package_are_found_by_name():
     assert find_method("sac") is Aligned
-    assert set(method_names()) >= {*BASELINES, "sac"}
+    assert set(method_names()) >= {"sac", "clip", "coop", "csp", "troika"}
     assert method_names() == sorted(method_names())
-    for name in (*BASELINES, "sac"):
+    for name in METHODS:
         assert issubclass(find_method(name), Method)
         assert presets_path(name).is_file()
 
@@ -103,7 +102,7 @@ def test_an_unknown_name_is_told_with_the_choices():
 def test_a_method_of_another_package_is_found(stranger):
     kind = find_method("drawn")
     assert (kind.__name__, kind.__module__) == ("Drawn", "stranger_heads.drawn")
-    assert {"drawn", "sac", *BASELINES} <= set(method_names())
+    assert {"drawn", *METHODS} <= set(method_names())
     assert method_options("drawn") == ["pull"]
 
 

@@ -361,3 +361,41 @@ def test_the_forward_pass_and_the_losses_ask_a_gpu_for_nothing(space: Compositio
         out = sac(images, sac.texts(space))
         losses = sac.losses(out, torch.empty(3, dtype=torch.long, device=device), stage="joint")
     assert out.scores.device == losses["loss"].device == device
+
+
+@pytest.mark.parametrize("stage", ["align", "condense", "joint"])
+@pytest.mark.parametrize("wrong", [-100, -1, 3])
+def test_targets_that_are_no_pairs_are_told(
+    stage: str, wrong: int, whole: SAC, space: CompositionSpace, images: torch.Tensor
+) -> None:
+    out = whole(images, whole.texts(space.subset(space.seen_mask)))
+    target = torch.tensor([0, 1, wrong, 2, 0])  # -100 would be left out of one loss, and be another pair in the others
+    with pytest.raises(ValueError, match=rf"expected `pair_target` to be in \[0, 2\], got {wrong}"):
+        whole.losses(out, target, stage=stage)
+
+
+def test_no_images_are_a_batch_too(whole: SAC, space: CompositionSpace, images: torch.Tensor) -> None:
+    texts, state = whole.texts(space), copy.deepcopy(whole.bank.state_dict())
+    some, none = whole(images, texts), whole(images[:0], texts)
+    for one, other in zip(none[1:], some[1:]):
+        parts = zip(one, other) if isinstance(one, tuple) else [(one, other)]
+        for empty, full in parts:
+            assert (empty.shape, empty.dtype) == ((0, *full.shape[1:]), full.dtype)
+    whole.adapt(none)
+    torch.testing.assert_close(whole.bank.state_dict(), state)
+    for stage in ("align", "condense", "joint"):
+        out = whole(images[:0], whole.texts(space.subset(space.seen_mask)))
+        assert whole.losses(out, torch.zeros(0, dtype=torch.long), stage=stage)["loss"].isnan()  # the mean of nothing
+
+
+def test_the_default_bank_has_the_scale_that_the_encoder_has_now(space: CompositionSpace, images: torch.Tensor) -> None:
+    sac = SAC(wrap("tiny", frozen=False), space).eval()
+    texts = sac.texts(space)
+    sac.adapt(sac(images, texts))
+    before = sac(images, texts).bank
+    with torch.no_grad():
+        sac.encoder.model.logit_scale += 0.5
+    after = sac(images, texts).bank
+    found = before > -torch.inf
+    torch.testing.assert_close(after[found], before[found] * torch.tensor(0.5).exp())
+    assert torch.autograd.grad(after[found].sum(), sac.encoder.model.logit_scale)[0] != 0

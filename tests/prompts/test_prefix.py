@@ -394,6 +394,81 @@ def test_compiling_gives_one_graph_and_the_same_features(small_encoder, space):
     assert shared.pair_context.grad.abs().sum() > 0
 
 
+class Experts(nn.Module):
+    """Two linear layers, mixed for each token by a share that the token decides; changes what a layer gives by it."""
+
+    def __init__(self, width, out):
+        super().__init__()
+        self.gate, self.first, self.second = nn.Linear(width, 1), nn.Linear(width, out), nn.Linear(width, out)
+
+    def forward(self, tokens):
+        share = self.gate(tokens).sigmoid()
+        return share * self.first(tokens) + (1 - share) * self.second(tokens)
+
+
+class ExpertAttention(nn.Module):
+    """An adapter that is no LoRA and has nothing but what the protocol asks for, and the call of the block."""
+
+    per_token = True
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.num_heads, self.attention_dropout = base, base.num_heads, base.dropout
+        self.into, self.out = Experts(base.embed_dim, 3 * base.embed_dim), Experts(base.embed_dim, base.embed_dim)
+
+    def project_in(self, tokens):
+        fused = F.linear(tokens, self.base.in_proj_weight, self.base.in_proj_bias) + self.into(tokens)
+        return fused.chunk(3, dim=-1)
+
+    def project_out(self, mixed):
+        return self.base.out_proj(mixed) + self.out(mixed)
+
+    def forward(self, query, key, value, need_weights=False, attn_mask=None):
+        heads = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.project_in(query)]
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=attn_mask)
+        return self.project_out(mixed.transpose(1, 2).flatten(2)), None
+
+
+class ExpertMLP(nn.Module):
+    """The same beside an MLP."""
+
+    per_token = True
+
+    def __init__(self, base, width):
+        super().__init__()
+        self.base, self.beside = base, Experts(width, width)
+
+    def forward(self, tokens):
+        return self.base(tokens) + self.beside(tokens)
+
+
+def add_experts(encoder):
+    torch.manual_seed(0)
+    block = encoder.blocks("text")[1]
+    block.attn, block.mlp = ExpertAttention(block.attn), ExpertMLP(block.mlp, 56)
+    return block
+
+
+def test_adapters_of_any_package_share_a_prefix_if_they_say_how(small_encoder, space):
+    bare = both_ways(small_encoder, space)[0](space).pairs
+    add_experts(small_encoder)
+    shared, plain = both_ways(small_encoder, space)
+    assert not torch.allclose(shared(space).pairs, bare, atol=1e-3)
+    assert sum("gate" in name for name in gradients(shared, small_encoder, space)) == 3 * 2
+    assert_alike(small_encoder, shared, plain, space)
+
+
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_an_adapter_that_reads_several_tokens_is_run_on_whole_prompts(small_encoder, space, part):
+    layer = getattr(add_experts(small_encoder), part)
+    layer.per_token = False
+    with pytest.raises(ValueError, match=rf"an adapter that reads several tokens at once \({type(layer).__name__}\)"):
+        SoftPrompts(small_encoder, space, encode="prefix")
+    auto, plain = (SoftPrompts(small_encoder, space, encode=encode) for encode in ("auto", "plain"))
+    for found, expected in zip(auto(space), plain(space)):
+        assert torch.equal(found, expected)
+
+
 class Other(ResidualAttentionBlock):
     """Not open_clip's own: it may do anything."""
 

@@ -8,7 +8,7 @@ from czsl_heads.data import CompositionDataset, read_dataset
 from czsl_heads.models.recipe import BankOptions, LoRAOptions
 from czsl_heads.training.options import Options
 from czsl_heads.training.rows import BankPlan, Readout
-from czsl_heads.training.run import train_model
+from czsl_heads.training.train import train_model
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ import pytest
 from czsl_heads.models.saved import RESULTS
 from czsl_heads.training.ablate import run_ablation
 from czsl_heads.training.evaluate import Evaluation
-from czsl_heads.training.run import RECORD
 from czsl_heads.training.stage import Stage
 from czsl_heads.training.summary import SUMMARY, differences_of
+from czsl_heads.training.train import RECORD
 
 pytestmark = pytest.mark.engine
 

@@ -19,9 +19,9 @@ from czsl_heads.training.ablate import run_ablation
 from czsl_heads.training.config import configure_model
 from czsl_heads.training.evaluate import Evaluation
 from czsl_heads.training.rows import Readout
-from czsl_heads.training.run import RECORD
 from czsl_heads.training.stage import Stage
 from czsl_heads.training.summary import numbers_of
+from czsl_heads.training.train import RECORD
 from tests.training.reference import Reference, assert_same_numbers, reference_result
 
 pytestmark = pytest.mark.engine

@@ -22,7 +22,7 @@ from czsl_heads.training.evaluate import Evaluation
 from czsl_heads.training.folder import open_folder
 from czsl_heads.training.open_world import FEASIBILITY, OpenWorld, Thresholds, feasibility_table, kept_open_world
 from czsl_heads.training.options import Options
-from czsl_heads.training.run import RECORD
+from czsl_heads.training.train import RECORD
 from tests.training.reference import Reference, assert_same_numbers, reference_result
 from tests.training.test_evaluate import run
 

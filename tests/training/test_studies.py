@@ -17,8 +17,8 @@ from czsl_heads.report.table import results_markdown
 from czsl_heads.training.ablate import run_ablation
 from czsl_heads.training.evaluate import Evaluation
 from czsl_heads.training.options import Options
-from czsl_heads.training.run import RECORD
 from czsl_heads.training.stage import Stage
+from czsl_heads.training.train import RECORD
 
 pytestmark = pytest.mark.engine
 

@@ -9,7 +9,7 @@ from czsl_heads.data import CompositionDataset
 from czsl_heads.training.evaluate import Evaluation
 from czsl_heads.training.options import Options
 from czsl_heads.training.rows import BankPlan, Readout
-from czsl_heads.training.run import evaluate_model
+from czsl_heads.training.train import evaluate_model
 from czsl_heads.training.tune import BETAS, GAMMAS, TUNED, tune
 
 pytestmark = pytest.mark.engine

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from czsl_heads.functional import evidence
-from czsl_heads.functional.evidence import Evidence, PairColumns, gather_evidence
-from tests.references import reference_evidence
+from czsl_heads.functional import score_statistics as module
+from czsl_heads.functional import score_statistics_op
+from czsl_heads.functional.score_statistics import PairColumns, ScoreStatistics, score_statistics
+from tests.references import reference_score_statistics
 
 SAMPLES, PAIRS = 13, 71
 
@@ -31,14 +32,14 @@ def draw(kind="normal", *, seed=0, samples=SAMPLES, pairs=PAIRS, num_buckets=5):
 
 
 def assert_same(found, expected, *, but=()):
-    for name, part, other in zip(Evidence._fields, found, expected):
+    for name, part, other in zip(ScoreStatistics._fields, found, expected):
         assert name in but or torch.equal(part, other), name
 
 
 KINDS = ("normal", "ties", "collapse", "masked")
 sizes = st.fixed_dictionaries(
     {
-        "_STRIP": st.sampled_from([1, 2, 3, 32]),
+        "_TILE": st.sampled_from([1, 2, 3, 32]),
         "_CHUNK": st.sampled_from([1, 200, 1 << 18]),
     }
 )
@@ -47,11 +48,11 @@ sizes = st.fixed_dictionaries(
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=st.integers(0, 2**31), topk=st.sampled_from([1, 2, 5, PAIRS]), sizes=sizes)
 @settings(deadline=None, max_examples=12)
-def test_evidence_is_what_a_look_at_each_column_finds(kind, seed, topk, sizes):
+def test_statistics_are_what_a_look_at_each_column_finds(kind, seed, topk, sizes):
     scores, target, pairs, _ = draw(kind, seed=seed)
-    with patch.multiple(evidence, **sizes):
-        found = gather_evidence(scores, target, PairColumns(*pairs), topk=topk)
-    assert_same(found, reference_evidence(scores, target, pairs, topk=topk))
+    with patch.multiple(score_statistics_op, **sizes):
+        found = score_statistics(scores, target, PairColumns(*pairs), topk=topk)
+    assert_same(found, reference_score_statistics(scores, target, pairs, topk=topk))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,9 +70,9 @@ def test_buckets_are_kept_apart_under_any_cut(kind, seed, topk, num_buckets, edg
     blocks = [(a, scores[:, a:b]) for a, b in zip([0, *sorted(edges)], [*sorted(edges), PAIRS])]
     shuffle.shuffle(blocks)
     columns = PairColumns(*pairs, bucket=bucket, num_buckets=num_buckets)
-    with patch.multiple(evidence, **sizes):
-        found = gather_evidence(iter(blocks), target, columns, topk=topk)
-    expected = reference_evidence(scores, target, pairs, bucket, num_buckets=num_buckets, topk=topk)
+    with patch.multiple(score_statistics_op, **sizes):
+        found = score_statistics(iter(blocks), target, columns, topk=topk)
+    expected = reference_score_statistics(scores, target, pairs, bucket, num_buckets=num_buckets, topk=topk)
     assert_same(found, expected, but=["primitives"])
     assert found.primitives.shape == (SAMPLES, 0, 2)
 
@@ -79,10 +80,10 @@ def test_buckets_are_kept_apart_under_any_cut(kind, seed, topk, num_buckets, edg
 def test_columns_are_laid_out_once_for_all_samples():
     scores, target, pairs, _ = draw()
     columns = PairColumns(*pairs)
-    expected = reference_evidence(scores, target, pairs)
+    expected = reference_score_statistics(scores, target, pairs)
     for rows in (slice(0, 5), slice(5, None)):
-        with patch.object(evidence, "_lay_out", wraps=evidence._lay_out) as lay_out:
-            found = gather_evidence(scores[rows], target[rows], columns)
+        with patch.object(module, "lay_out", wraps=module.lay_out) as lay_out:
+            found = score_statistics(scores[rows], target[rows], columns)
         assert lay_out.call_count == (1 if rows.start == 0 else 0)
         assert_same(found, [part[rows] for part in expected])
 
@@ -93,29 +94,29 @@ def test_other_floats_are_used_as_float32(dtype, topk):
     scores, target, pairs, _ = draw()
     scores = scores.to(dtype)
     columns = PairColumns(*pairs)
-    found, expected = (gather_evidence(part, target, columns, topk=topk) for part in (scores, scores.float()))
+    found, expected = (score_statistics(part, target, columns, topk=topk) for part in (scores, scores.float()))
     assert_same(found, expected)
-    assert found.score.dtype == found.rivals.dtype == found.best_seen.dtype == torch.float32
+    assert found.score.dtype == found.negatives.dtype == found.best_seen.dtype == torch.float32
 
 
 def test_rows_with_strides_are_read_as_they_are():
     scores, target, pairs, _ = draw()
     columns = PairColumns(*pairs)
-    assert_same(gather_evidence(scores.T.contiguous().T, target, columns), gather_evidence(scores, target, columns))
+    assert_same(score_statistics(scores.T.contiguous().T, target, columns), score_statistics(scores, target, columns))
 
 
-def test_without_seen_or_without_unseen_candidates_there_are_no_rivals_of_that_sort():
+def test_without_seen_or_without_unseen_candidates_there_are_no_negatives_of_that_sort():
     scores, target, (attr, obj, _, _), _ = draw()
     for seen in (torch.zeros(PAIRS, dtype=torch.bool), torch.ones(PAIRS, dtype=torch.bool)):
-        found = gather_evidence(scores, target, PairColumns(attr, obj, seen))
-        assert_same(found, reference_evidence(scores, target, (attr, obj, seen, torch.ones_like(seen))))
+        found = score_statistics(scores, target, PairColumns(attr, obj, seen))
+        assert_same(found, reference_score_statistics(scores, target, (attr, obj, seen, torch.ones_like(seen))))
         missing = slice(2, 4) if seen.all() else slice(0, 2)
-        assert (found.rivals[:, missing] == -torch.inf).all()
+        assert (found.negatives[:, missing] == -torch.inf).all()
 
 
-def test_no_samples_give_empty_evidence():
+def test_no_samples_give_empty_statistics():
     scores, target, pairs, _ = draw()
-    found = gather_evidence(scores[:0], target[:0], PairColumns(*pairs), topk=2)
+    found = score_statistics(scores[:0], target[:0], PairColumns(*pairs), topk=2)
     assert [tuple(part.shape) for part in found] == [(0,), (0,), (0, 4, 2), (0,), (0, 2, 2)]
 
 
@@ -126,5 +127,29 @@ def test_a_score_that_cannot_be_ranked_marks_its_sample_wherever_it_stands(value
     for column in range(PAIRS):  # candidates, seen pairs and the rest
         changed = scores.clone()
         changed[7, column] = value
-        found = gather_evidence(changed, target, PairColumns(*pairs), topk=topk)
+        found = score_statistics(changed, target, PairColumns(*pairs), topk=topk)
         assert found.score.isnan().nonzero().tolist() == [[7]]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"target_pair": [0] * SAMPLES}, TypeError, r"expected `target_pair` to be a torch.Tensor, got list"),
+        (
+            {"target_pair": [0] * SAMPLES, "name": "label"},
+            TypeError,
+            r"expected `label` to be a torch.Tensor, got list",
+        ),
+        ({"target_pair": torch.full((SAMPLES,), -1), "name": "label"}, ValueError, "`label` to hold .* 71, got -1"),
+        ({"scores": torch.zeros(SAMPLES, PAIRS).long()}, TypeError, "expected `scores` of dtype .*, got torch.int64"),
+        ({"scores": torch.zeros(3, PAIRS)}, ValueError, r"expected `scores` of shape \(13, pairs\), got \(3, 71\)"),
+        ({"columns": torch.zeros(PAIRS)}, TypeError, "expected `columns` to be a PairColumns, got Tensor"),
+        ({"topk": 0}, ValueError, r"expected `topk` to be in \[1, 71\], got 0"),
+        ({"topk": 1.0}, TypeError, r"expected `topk` to be an integer, got 1.0"),
+    ],
+)
+def test_wrong_arguments_are_told(change, error, message):
+    scores, target, pairs, _ = draw()
+    arguments = {"scores": scores, "target_pair": target, "columns": PairColumns(*pairs), **change}
+    with pytest.raises(error, match=message):
+        score_statistics(**arguments)

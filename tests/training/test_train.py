@@ -15,9 +15,9 @@ from czsl_heads.models.saved import CARD, CONFIG, WEIGHTS, load_model
 from czsl_heads.training.evaluate import Evaluation
 from czsl_heads.training.options import Options
 from czsl_heads.training.rows import BankPlan, Readout
-from czsl_heads.training.run import RECORD, evaluate_model, train_model
 from czsl_heads.training.stage import Stage
 from czsl_heads.training.summary import numbers_of
+from czsl_heads.training.train import RECORD, evaluate_model, train_model
 from tests.training.reference import NUMBERS, assert_same_numbers, reference_result
 
 pytestmark = pytest.mark.engine

@@ -1,0 +1,299 @@
+"""Layers with a low-rank update beside frozen weights, which the gradient never passes through.
+
+``in_proj_weight`` of ``nn.MultiheadAttention`` is one fused matrix. Adding to it before the product would give a
+gradient of its full shape, so the attention is replaced by one of the same parameter names that computes
+``x W + s (dropout(x) A) B`` for each of its matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+Matrix = Literal["q", "k", "v", "o", "fc", "proj"]
+ATTENTION: tuple[Matrix, ...] = ("q", "k", "v", "o")
+
+
+class _Delta(nn.Module):
+    """``x`` to ``scale * (dropout(x) A) B``; ``B`` starts at zero."""
+
+    def __init__(self, weight: Tensor, *, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        self.a = nn.Parameter(torch.empty(rank, columns, dtype=weight.dtype, device=weight.device))
+        self.b = nn.Parameter(torch.zeros(rows, rank, dtype=weight.dtype, device=weight.device))
+        self.scale, self.dropout = scale, dropout
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``[..., columns]`` of the weight to ``[..., rows]``: what is added to its product."""
+        inputs = F.dropout(inputs, self.dropout, self.training)
+        return self.scale * F.linear(F.linear(inputs, self.a), self.b)
+
+    def matrix(self) -> Tensor:
+        """The same as one matrix of the shape of the weight, without dropout."""
+        return self.scale * (self.b @ self.a)
+
+    def extra_repr(self) -> str:
+        return f"rank={len(self.a)}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+class Mergeable(nn.Module):
+    """Weights that the updates can be folded into, for inference, and taken out of again to the bit.
+
+    Merged updates would get no gradient: a forward pass in training mode then raises ValueError. While merged, a state
+    dict still holds the weights before merging, so that checkpoints mean one thing.
+    """
+
+    per_token = True
+    deltas: nn.ModuleDict
+    _unmerged: dict[str, Tensor]
+
+    def _targets(self) -> dict[str, tuple[str, Tensor, Tensor]]:
+        """For each update: the name of its weight, the weight, and the rows of it that the update changes."""
+        raise NotImplementedError
+
+    def plain(self) -> nn.Module:
+        """The layer of the base model as it was, in the mode of now, with the parameters of now and not copies."""
+        raise NotImplementedError
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._unmerged)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the updates into the weights: the forward pass then costs what the base model's does."""
+        if not self.merged:
+            targets = self._targets()
+            self._unmerged = {name: weight.detach().clone() for name, weight, _ in targets.values()}
+            for matrix, (_, _, rows) in targets.items():
+                rows += self._delta(matrix).matrix()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the weights as they were before :meth:`merge`, bit for bit."""
+        for name, weight, _ in self._targets().values():
+            if name in self._unmerged:
+                weight.copy_(self._unmerged[name])
+        self._unmerged = {}
+
+    def _delta(self, matrix: str) -> _Delta:
+        delta = self.deltas[matrix]
+        assert isinstance(delta, _Delta)
+        return delta
+
+    def add_delta(self, matrix: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """``outputs`` of the weights for ``inputs``, with what the update of a matrix adds, if it has one."""
+        if self.merged and self.training:
+            raise ValueError("expected updates unmerged in training mode, got merged ones, which would not train")
+        if matrix not in self.deltas or self.merged:
+            return outputs
+        added: Tensor = self.deltas[matrix](inputs)
+        return outputs + added
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        for name, weight in self._unmerged.items():
+            state[prefix + name] = weight
+        return state
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # what unmerging restores goes along to another dtype or device
+        self._unmerged = {name: fn(weight) for name, weight in self._unmerged.items()}
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _repr_of_updates(self) -> str:
+        first = self._delta(next(iter(self.deltas)))
+        return f"{first.extra_repr()}, merged={self.merged}"
+
+
+class LoRALinear(Mergeable):
+    """A linear layer with a low-rank update beside it; ``weight`` and ``bias`` are the base layer's own.
+
+    Args:
+        base: The layer, whose mode is taken over.
+        rank, scale, dropout: Of the update.
+
+    Shape:
+        [..., in_features] to [..., out_features].
+
+    Example:
+        >>> layer = LoRALinear(nn.Linear(6, 8), rank=2, scale=1.0, dropout=0.0)
+        >>> layer(torch.ones(3, 6)).shape
+        torch.Size([3, 8])
+
+    References:
+        Hu et al., LoRA, ICLR 2022.
+    """
+
+    def __init__(self, base: nn.Linear, *, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self._unmerged = base.weight, base.bias, {}
+        self.deltas = nn.ModuleDict({"w": _Delta(base.weight, rank=rank, scale=scale, dropout=dropout)})
+        self.train(base.training)
+
+    def _targets(self) -> dict[str, tuple[str, Tensor, Tensor]]:
+        return {"w": ("weight", self.weight, self.weight)}
+
+    def plain(self) -> nn.Linear:
+        rows, columns = self.weight.shape
+        base = nn.Linear(columns, rows, bias=self.bias is not None, device="meta")  # where nothing is drawn
+        base.weight, base.bias = self.weight, self.bias
+        return base.train(self.training)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``; ValueError if merged in training mode."""
+        return self.add_delta("w", inputs, F.linear(inputs, self.weight, self.bias))
+
+    def extra_repr(self) -> str:
+        rows, columns = self.weight.shape
+        sizes = f"in_features={columns}, out_features={rows}, bias={self.bias is not None}"
+        return f"{sizes}, {self._repr_of_updates()}"
+
+
+class LoRAAttention(Mergeable):
+    """``nn.MultiheadAttention`` with low-rank updates beside q, k, v or the output projection.
+
+    Takes over the parameters of the base module under their own names, and its call as open_clip makes it. It is an
+    :class:`~czsl_heads.encoders.blocks.AdaptedAttention`.
+
+    Args:
+        base: The attention, whose mode is taken over.
+        matrices: Some of ``q k v o``.
+        rank, scale, dropout: Of each update.
+
+    Shape:
+        query [batch, length, dim], key and value [batch, other, dim] to [batch, length, dim]; or length first, as the
+        base module has it.
+
+    Example:
+        >>> base = nn.MultiheadAttention(6, 2, batch_first=True)
+        >>> attention = LoRAAttention(base, ("q", "v"), rank=2, scale=1.0, dropout=0.0)
+        >>> tokens = torch.ones(3, 5, 6)
+        >>> attention(tokens, tokens, tokens)[0].shape
+        torch.Size([3, 5, 6])
+
+    References:
+        Hu et al., LoRA, ICLR 2022.
+    """
+
+    def __init__(
+        self, base: nn.MultiheadAttention, matrices: Sequence[Matrix], *, rank: int, scale: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.in_proj_weight, self.in_proj_bias, self.out_proj = base.in_proj_weight, base.in_proj_bias, base.out_proj
+        self.embed_dim, self.num_heads, self.batch_first = base.embed_dim, base.num_heads, base.batch_first
+        self.attention_dropout, self._unmerged = base.dropout, {}
+        square = base.out_proj.weight
+        self.deltas = nn.ModuleDict(
+            {matrix: _Delta(square, rank=rank, scale=scale, dropout=dropout) for matrix in matrices}
+        )
+        self.train(base.training)
+
+    def _targets(self) -> dict[str, tuple[str, Tensor, Tensor]]:
+        targets: dict[str, tuple[str, Tensor, Tensor]] = {}
+        for matrix, rows in zip(("q", "k", "v"), self.in_proj_weight.split(self.embed_dim)):
+            targets[matrix] = ("in_proj_weight", self.in_proj_weight, rows)
+        targets["o"] = ("out_proj.weight", self.out_proj.weight, self.out_proj.weight)
+        return {matrix: targets[matrix] for matrix in self.deltas}
+
+    def plain(self) -> nn.MultiheadAttention:
+        base = nn.MultiheadAttention(
+            self.embed_dim,
+            self.num_heads,
+            dropout=self.attention_dropout,
+            bias=self.in_proj_bias is not None,
+            batch_first=self.batch_first,
+            device="meta",  # where nothing is drawn
+        )
+        base.in_proj_weight, base.in_proj_bias, base.out_proj = self.in_proj_weight, self.in_proj_bias, self.out_proj
+        return base.train(self.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What each position of ``query`` reads, and, if ``need_weights``, how much of it from where.
+
+        Args:
+            query: ``[batch, length, dim]``, or length first, as the base module has it.
+            key, value: ``[batch, other, dim]``, likewise.
+            need_weights: Return the shares, before dropout.
+            attn_mask: ``[length, other]``: True where nothing is read, or numbers to add to the logits.
+            average_attn_weights: The mean of the shares over heads.
+
+        Returns:
+            ``[batch, length, dim]``, or length first; and None or the shares, ``[batch, length, other]``, of single
+            heads ``[batch, heads, length, other]``.
+
+        Raises:
+            ValueError: Updates are merged in training mode.
+        """
+        same = key is query and value is query  # which the views below would hide
+        if not self.batch_first:
+            query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+
+        projected = self.project_in(query) if same else self._project_apart(query, key, value)
+        q, k, v = map(self._split_heads, projected)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = ~attn_mask  # nn.MultiheadAttention hides where it is true, this function where it is false
+        dropout = self.attention_dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
+
+        out = self.project_out(rearrange(mixed, "batch heads length dim -> batch length (heads dim)"))
+        out = out if self.batch_first else out.transpose(0, 1)
+        if not need_weights:
+            return out, None
+        shares = _attention_weights(q, k, attn_mask)
+        return out, shares.mean(dim=1) if average_attn_weights else shares
+
+    def project_in(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens ``[..., dim]`` to queries, keys and values, ``[..., dim]`` each, with their updates."""
+        fused = F.linear(tokens, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = map(self.add_delta, ("q", "k", "v"), (tokens,) * 3, fused.chunk(3, dim=-1))
+        return q, k, v
+
+    def project_out(self, mixed: Tensor) -> Tensor:
+        """What was read, heads side by side, ``[..., dim]``, to ``[..., dim]``, with its update."""
+        return self.add_delta("o", mixed, self.out_proj(mixed))
+
+    def _project_apart(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`project_in` where query, key and value come from different tokens."""
+        weights, biases = self.in_proj_weight.chunk(3), self._bias_chunks()
+        q, k, v = map(self.add_delta, ("q", "k", "v"), inputs, map(F.linear, inputs, weights, biases))
+        return q, k, v
+
+    def _bias_chunks(self) -> tuple[Tensor | None, ...]:
+        return (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+
+    def _split_heads(self, tokens: Tensor) -> Tensor:
+        parts: Tensor = rearrange(tokens, "batch length (heads dim) -> batch heads length dim", heads=self.num_heads)
+        return parts
+
+    def extra_repr(self) -> str:
+        sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, matrices={''.join(self.deltas)}"
+        return f"{sizes}, {self._repr_of_updates()}"
+
+
+def _attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """What the fused attention weighs its values by, before dropout: ``[batch, heads, length, length]``."""
+    logits = query @ key.mT / math.sqrt(query.shape[-1])
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
+    return logits.softmax(dim=-1)
