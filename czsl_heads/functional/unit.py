@@ -107,10 +107,18 @@ def _safe_scale(length: Tensor) -> Tensor | None:
     """By what to multiply vectors of these lengths, so that their squares keep all digits; None: by nothing."""
     length = length.detach()
     low, high, factor = _SAFE[length.dtype]
-    small, large = length < low, ~(length <= high)
-    if _can_look(length) and not (small | large).any():
+    if _can_look(length) and _are_within(length, low, high):
         return None
+    small, large = length < low, ~(length <= high)
     return torch.ones_like(length).masked_fill(small, factor).masked_fill(large, 1 / factor)
+
+
+def _are_within(length: Tensor, low: float, high: float) -> bool:
+    """Of NaN it is false."""
+    if length.numel() == 0:
+        return True
+    least, most = torch.aminmax(length)
+    return low <= least.item() and most.item() <= high
 
 
 def _can_look(values: Tensor) -> bool:
