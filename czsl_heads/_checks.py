@@ -91,16 +91,33 @@ def check_scale(name: str, value: float | Tensor) -> float:
 def check_index(name: str, index: Tensor, size: int, *, wait: bool = False) -> None:
     """Raise ValueError unless all of ``index`` are in ``[0, size - 1]``.
 
-    A GPU is not waited for, unless ``wait``, and a graph has no values to branch on: there a wrong index stops the
-    device instead.
+    A GPU is not waited for, unless ``wait``: there, and in a compiled graph, a wrong index stops the device instead.
+    Where tensors have no values, as in a transform or on the meta device, nothing is checked.
     """
+    message = f"expected `{name}` to be in [0, {size - 1}]" if size > 0 else f"expected `{name}` of no index at all"
     inside = ((index >= 0) & (index < size)).all()
-    message = f"expected `{name}` to be in [0, {size - 1}]"
-    if torch.compiler.is_compiling() or (index.device.type == "cuda" and not wait):
+    if has_values(index) and (wait or index.device.type != "cuda"):
+        if not inside:
+            wrong = index[(index < 0) | (index >= size)]
+            raise ValueError(f"{message}, got {int(wrong[0])}")
+    elif torch.compiler.is_compiling() or (type(index) is Tensor and index.device.type == "cuda"):
         torch._assert_async(inside, message)
-    elif not index.is_meta and not inside:
-        wrong = index[(index < 0) | (index >= size)]
-        raise ValueError(f"{message}, got {int(wrong[0])}")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a branch may depend on the values of a tensor: not while a graph is written, nor inside a transform."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or tensor.is_meta:
+        return False
+    if not isinstance(tensor, torch.nn.Parameter) and type(tensor) is not Tensor:
+        return False
+    written = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    return not written and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Raise TypeError unless ``value`` is a float tensor, ValueError unless it is a scalar."""
+    check_tensor(name, value)
+    check_shapes(**{name: (value, "")})
 
 
 def _check_bounds(name: str, value: float, low: float, high: float) -> None:

@@ -66,6 +66,7 @@ class CompositionSpace:
     objects: tuple[str, ...]
     pairs: Tensor
     seen_mask: Tensor
+    _by_name: tuple[dict[str, int], dict[str, int]] | None = None
 
     def __init__(
         self,
@@ -82,8 +83,7 @@ class CompositionSpace:
         seen, unseen = list(seen), list(unseen)
         if not seen:
             raise ValueError("expected `seen` to hold at least one pair, got none")
-        attr_index = {name: index for index, name in enumerate(self.attributes)}
-        obj_index = {name: index for index, name in enumerate(self.objects)}
+        attr_index, obj_index = self._indices()
         columns: dict[tuple[int, int], bool] = {}
         for role, group in (("seen", seen), ("unseen", unseen)):
             for pair in group:
@@ -101,6 +101,13 @@ class CompositionSpace:
         self._copies: dict[torch.device, Tensor] = {}
         self._column = torch.full((len(self.attributes) * len(self.objects),), -1, dtype=torch.long)
         self._column[self._code(pairs)] = torch.arange(len(pairs))
+
+    def _indices(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Attributes and objects by name; made once."""
+        if self._by_name is None:
+            attr_index = {name: index for index, name in enumerate(self.attributes)}
+            self._by_name = attr_index, {name: index for index, name in enumerate(self.objects)}
+        return self._by_name
 
     def _code(self, pairs: Tensor) -> Tensor:
         return pairs[:, 0] * len(self.objects) + pairs[:, 1]
@@ -170,8 +177,7 @@ class CompositionSpace:
                 first = tuple(wanted[wrong][0].tolist())
                 raise ValueError(f"expected `pairs` of indices below {tuple(limits.tolist())}, got {first}")
             return wanted
-        attr_index = {name: index for index, name in enumerate(self.attributes)}
-        obj_index = {name: index for index, name in enumerate(self.objects)}
+        attr_index, obj_index = self._indices()
         resolved = [_resolve(pair, "pairs", attr_index, obj_index) for pair in pairs]
         return torch.tensor(resolved, dtype=torch.long).reshape(-1, 2)
 
@@ -216,7 +222,7 @@ class CompositionSpace:
     def __getitem__(self, column: slice) -> list[tuple[str, str]]: ...
     def __getitem__(self, column: int | slice) -> tuple[str, str] | list[tuple[str, str]]:
         if isinstance(column, slice):
-            return self.pair_names[column]
+            return [self._names(self.pairs[place].tolist()) for place in range(*column.indices(len(self)))]
         if isinstance(column, bool) or not hasattr(column, "__index__"):
             raise TypeError(f"expected `column` to be an integer or a slice, got {column!r}")
         position = column.__index__()

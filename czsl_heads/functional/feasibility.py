@@ -215,7 +215,7 @@ def search_threshold(
     """Try evenly spaced feasibility thresholds and take the one with the largest area under the curve.
 
     Each area is that of :func:`~czsl_heads.functional.czsl_scores` on the scores that :func:`mask_infeasible` gives,
-    but the scores are seen once for all of them. An unseen sample whose own pair is masked still counts, as wrong under
+    but the scores are read once for all of them. An unseen sample whose own pair is masked still counts, as wrong under
     ``masking="clean"``. The papers search on the validation images.
 
     Args:
@@ -252,7 +252,7 @@ def search_threshold(
 
 
 class ThresholdSearch:
-    """What a search knows before it sees a score, checked once; see :func:`search_threshold`.
+    """What a search knows before it reads a score, checked once; see :func:`search_threshold`.
 
     Attributes:
         columns: For :func:`~czsl_heads.functional.score_statistics.score_statistics`, a bucket for each threshold.

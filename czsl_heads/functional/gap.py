@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from czsl_heads._checks import check_shapes, check_tensor
+from czsl_heads._checks import check_index, check_shapes, check_tensor
 from czsl_heads.functional.unit import wide_unit_rows
 
 FLOOR = 1e-3  # stands in for the gap of modalities that coincide, as in the released code
@@ -67,17 +67,26 @@ def relative_modality_gap(
     return gap_of_sums(sums, include_self=include_self)
 
 
-def gather_sums(images: Tensor, texts: Tensor, labels: Tensor | None = None) -> GapSums:
-    """The sums of the images and, row by row, of the text of each."""
+def gather_sums(
+    images: Tensor,
+    texts: Tensor,
+    labels: Tensor | None = None,
+    *,
+    texts_name: str = "texts",
+    labels_name: str = "labels",
+) -> GapSums:
+    """The sums of the images and, row by row, of the text of each; errors call texts and labels by the names given."""
     check_tensor("images", images)
-    check_tensor("texts", texts)
+    check_tensor(texts_name, texts)
     if labels is None:
-        check_shapes(images=(images, "images dim"), texts=(texts, "images dim"))
+        check_shapes(**{"images": (images, "images dim"), texts_name: (texts, "images dim")})
     else:
-        check_tensor("labels", labels, dtypes=(torch.long,))
-        check_shapes(images=(images, "images dim"), texts=(texts, "texts dim"), labels=(labels, "images"))
-        texts = texts[_within(labels, len(texts))]
-    images, texts = wide_unit_rows("images", images), wide_unit_rows("texts", texts)
+        check_tensor(labels_name, labels, dtypes=(torch.long,))
+        shapes = {"images": (images, "images dim"), texts_name: (texts, "texts dim"), labels_name: (labels, "images")}
+        check_shapes(**shapes)
+        check_index(labels_name, labels, len(texts), wait=True)
+        texts = texts[labels]
+    images, texts = wide_unit_rows("images", images), wide_unit_rows(texts_name, texts)
     # Of unit vectors |u - v|^2 / 4 = (1 - cos) / 2, but this does not cancel where they nearly coincide.
     matched = (images - texts).square().sum() / 4
     return GapSums(images.sum(dim=0), texts.sum(dim=0), matched, len(images), len(texts))
@@ -104,10 +113,3 @@ def _mean_within(vector_sum: Tensor, count: int, include_self: bool) -> Tensor:
     own = 0 if include_self else count  # cosines of the vectors with themselves
     cosine: Tensor = (vector_sum.square().sum() - own) / (count * (count - (not include_self)))
     return ((1 - cosine) / 2).clamp(min=0)  # rounding must not make equal vectors closer than equal
-
-
-def _within(labels: Tensor, num_texts: int) -> Tensor:
-    outside = labels[(labels < 0) | (labels >= num_texts)]
-    if len(outside):
-        raise ValueError(f"expected `labels` to be in [0, {num_texts}), got {int(outside[0])}")
-    return labels

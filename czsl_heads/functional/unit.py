@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from czsl_heads._checks import check_integer, check_shapes, check_tensor
+from czsl_heads._checks import check_integer, check_shapes, check_tensor, has_values
 from czsl_heads.functional.precision import score_dtype
 
 _SMALLEST = 1e-12  # divides what has no length
@@ -25,7 +25,8 @@ def unit_vectors(vectors: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         dtype: In which to compute, float32 or float64; default: float64 if ``vectors`` are, else float32.
 
     Returns:
-        ``[..., dim]`` in ``dtype``. A vector with NaN or an infinity gives NaN.
+        ``[..., dim]`` in ``dtype``. A vector with NaN or an infinity gives NaN. The gradient grows as 1 / length.
+        Torch's ``eps`` bounds it by 1e12; here this is so for zero vectors only.
 
     Example:
         >>> unit_vectors(torch.tensor([[3e-30, 4e-30], [3e30, 4e30], [0.0, 0.0]]))
@@ -107,7 +108,8 @@ def _safe_scale(length: Tensor) -> Tensor | None:
     """By what to multiply vectors of these lengths, so that their squares keep all digits; None: by nothing."""
     length = length.detach()
     low, high, factor = _SAFE[length.dtype]
-    if _can_look(length) and _are_within(length, low, high):
+    looked_at = has_values(length) and length.device.type == "cpu"  # a GPU would be waited for
+    if looked_at and _are_within(length, low, high):
         return None
     small, large = length < low, ~(length <= high)
     return torch.ones_like(length).masked_fill(small, factor).masked_fill(large, 1 / factor)
@@ -119,10 +121,3 @@ def _are_within(length: Tensor, low: float, high: float) -> bool:
         return True
     least, most = torch.aminmax(length)
     return low <= least.item() and most.item() <= high
-
-
-def _can_look(values: Tensor) -> bool:
-    """Whether a branch may depend on values: a GPU would be waited for, a graph or a transform has none."""
-    if torch.compiler.is_compiling() or values.device.type != "cpu" or type(values) is not Tensor:
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(values)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from czsl_heads._checks import (
+    FLOATS,
     check_choice,
     check_index,
     check_integer,
     check_positive,
+    check_scalar,
     check_scale,
     check_shapes,
     check_tensor,
@@ -122,6 +124,8 @@ class DynamicMemoryBank(nn.Module):
 
         self.register_buffer("sizes", torch.tensor([num_pairs, dim, slots], device=device))
         self.register_buffer("features", torch.zeros(0, dim, device=device, dtype=dtype))
+        if self.features.dtype not in FLOATS:
+            raise TypeError(f"expected `dtype` to be one of floats, got {dtype}")
         for name in ("entropy", "pair", "count", "texts", "text_pair", "text_rank", "num_rejected"):
             self.register_buffer(name, None)
         for name in ("arrival", "text_row", "extra_text"):  # which can be told from the others
@@ -171,12 +175,15 @@ class DynamicMemoryBank(nn.Module):
     def forward(self, features: Tensor, *, logit_scale: Tensor | None = None) -> Tensor:
         """Logits ``[batch, pairs]`` of features ``[batch, dim]``; nothing is written.
 
-        A ``logit_scale`` that is passed here takes the place of the bank's own, and keeps its gradient.
+        A scalar tensor ``logit_scale`` takes the place of the bank's own, and keeps its gradient.
         """
         self._check_rows("features", features)
         scores = retrieve(features, **self._entries(features), **self._options())
         if logit_scale is None:
             return scores.mul_(self.logit_scale)
+        check_scalar("logit_scale", logit_scale)
+        if not (torch.is_grad_enabled() and logit_scale.requires_grad):
+            return scores.mul_(logit_scale)
         empty = scores.isneginf()  # whose product would have no gradient: 0 times an infinity
         return (logit_scale * scores.masked_fill(empty, 0)).masked_fill(empty, -torch.inf)
 
@@ -340,7 +347,7 @@ class DynamicMemoryBank(nn.Module):
             missing_keys = args[2]
             missing_keys.extend(prefix + name for name in STATE if name not in state)
             return
-        check_state(state, num_pairs=self.num_pairs, dim=self.dim, slots=self.slots)
+        check_state(state, prefix, num_pairs=self.num_pairs, dim=self.dim, slots=self.slots)
         with torch.inference_mode(False):
             for name in state:
                 own: Tensor = getattr(self, name)

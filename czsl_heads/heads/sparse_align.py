@@ -12,6 +12,7 @@ from czsl_heads._checks import (
     check_integer,
     check_positive,
     check_range,
+    check_scalar,
     check_scale,
     check_shapes,
     check_tensor,
@@ -45,7 +46,8 @@ class SparseAlignHead(nn.Module):
         cls_weight: Weight in [0, 1] of the [CLS] score, blended in after the reduction.
         logit_scale: Factor from cosine to logit, positive: CLIP's 100. A scalar tensor, ``encoder.logit_scale`` say, is
             read once. One that is trained is refused: pass it to each call. 1.0 gives cosines.
-        device, dtype: Where and in which dtype the parameters of ``"linear"`` and ``"attention"`` are made.
+        device, dtype: Where and in which dtype the parameters of ``"linear"`` and ``"attention"`` are made; the other
+            reductions have none.
 
     Shape:
         ``tokens`` [batch, tokens, dim], [CLS] first; ``texts`` [texts, dim] or, of each image its own,
@@ -106,10 +108,12 @@ class SparseAlignHead(nn.Module):
     def forward(self, tokens: Tensor, texts: Tensor, *, logit_scale: Tensor | None = None) -> Tensor:
         """Logits ``[batch, texts]`` of tokens ``[batch, tokens, dim]`` and texts: the cosines, scaled.
 
-        A ``logit_scale`` that is passed here takes the place of the head's own, and keeps its gradient.
+        A scalar tensor ``logit_scale`` takes the place of the head's own, and keeps its gradient.
         """
-        scale = self.logit_scale if logit_scale is None else logit_scale
-        return scale * self._cosines(tokens, texts)
+        if logit_scale is None:
+            return self.logit_scale * self._cosines(tokens, texts)
+        check_scalar("logit_scale", logit_scale)
+        return logit_scale * self._cosines(tokens, texts)
 
     def _cosines(self, tokens: Tensor, texts: Tensor) -> Tensor:
         if self.reduce in POOLS:

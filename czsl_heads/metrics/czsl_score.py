@@ -24,7 +24,8 @@ class CZSLScore(GatheredMetric[CZSLResult]):
     ``hm_unseen``, ``bias``, ``attr_accuracy`` and ``obj_accuracy``, NaN where there is no such number. It is what
     Lightning's ``log_dict(score.compute())`` takes, and a ``MetricCollection``. With ``key`` it is that one tensor,
     which ``log("val_auc", score)``, ``log_dict(collection)`` and ``MetricTracker.best_metric`` need. ``result`` returns
-    the :class:`~czsl_heads.functional.CZSLResult`, with the curve.
+    the :class:`~czsl_heads.functional.CZSLResult`, with the curve. In a collection, give a metric with ``key`` a name
+    that none of these numbers has, such as ``"exact_auc"``: of two equal names torchmetrics keeps one.
 
     Args:
         space: The label space; its order is that of the columns of the scores.

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class SafeMetric(Metric):
     is_differentiable = False
     full_state_update = False
 
+    digest: Tensor
     _earlier: dict[str, Any] | None = None  # the states so far, while `forward` looks at one batch alone
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -62,9 +63,24 @@ class SafeMetric(Metric):
         super().reset()
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the samples of another metric of the same settings, or of its states."""
+        """Add the samples of another metric of the same labels and options, or of its states.
+
+        Raises:
+            ValueError: It is of others.
+        """
+        theirs = incoming_state.get("digest") if isinstance(incoming_state, dict) else incoming_state.digest
+        self._check_digest("incoming_state", theirs)
         super().merge_state(incoming_state)
         self._computed = None  # torchmetrics keeps the value from before
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._check_digest("state_dict", state_dict.get(f"{prefix}digest"))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._computed = None
+
+    def _check_digest(self, name: str, theirs: Any) -> None:
+        if isinstance(theirs, Tensor) and not torch.equal(theirs.cpu(), self.digest.cpu()):
+            raise ValueError(f"expected `{name}` of a metric of the same labels and options, got another's")
 
     @contextmanager
     def sync_context(self, *args: Any, should_unsync: bool = True, **kwargs: Any) -> Iterator[None]:
@@ -79,16 +95,28 @@ class SafeMetric(Metric):
         """Draw a value of ``compute`` or a list of them (default: the value now); see :class:`torchmetrics.Metric`."""
         return self._plot(val, ax)
 
-    def _keep_apart(self, *settings: Tensor | None) -> None:
-        """Make a state of a digest of ``settings``.
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped = super()._wrap_compute(compute)
 
-        A collection lets metrics share states if these are equal after the first batch. Metrics of other settings may
-        give the same ones by chance, or by a batch without samples.
+        @wraps(compute)
+        def quiet(*args: Any, **kwargs: Any) -> Any:
+            # torchmetrics warns that there was no update; `compute`, after gathering all processes, raises.
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
+                return wrapped(*args, **kwargs)
+
+        return quiet
+
+    def _keep_apart(self, *settings: Tensor | None) -> None:
+        """Make a state of a digest of what decides what the states mean.
+
+        A collection lets metrics share states if these are equal after the first batch. Metrics of other labels may
+        have equal ones by chance, or after a batch without samples.
         """
-        digest = hashlib.sha256()
+        hashed = hashlib.sha256()
         for part in settings:
-            digest.update(b"" if part is None else part.detach().cpu().double().numpy().tobytes())
-        self.add_state("settings", torch.tensor(list(digest.digest()[:8])), dist_reduce_fx="max")
+            hashed.update(b"" if part is None else part.detach().cpu().double().numpy().tobytes())
+        self.add_state("digest", torch.tensor(list(hashed.digest()[:8])), dist_reduce_fx="max")
 
 
 class HasScalars(Protocol):
@@ -140,7 +168,7 @@ class GatheredMetric(SafeMetric, Generic[Result]):
     @property
     def higher_is_better(self) -> bool | None:  # type: ignore[override]
         """True; None if ``key`` names a bias or a threshold, of which none is best."""
-        return None if self.key in _SETTINGS else True
+        return None if self.key in _NO_FRACTIONS else True
 
     @abstractmethod
     def _result(self, statistics: ScoreStatistics) -> Result:
@@ -185,8 +213,7 @@ class GatheredMetric(SafeMetric, Generic[Result]):
     def result(self) -> Result:
         """All that is found over all samples so far, of all processes: what ``compute`` takes its numbers from."""
         self.compute()  # gathers the processes, unless it was called since the last sample
-        assert self._found is not None
-        return self._found
+        return cast(Result, self._found)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw a value of ``compute`` or a list of them (default: the value now); see :class:`torchmetrics.Metric`.
@@ -214,23 +241,11 @@ class GatheredMetric(SafeMetric, Generic[Result]):
                 setattr(self, name, [part])
         super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
 
-    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        wrapped = super()._wrap_compute(compute)
 
-        @wraps(compute)
-        def quiet(*args: Any, **kwargs: Any) -> Any:
-            # torchmetrics warns that there was no update; `compute`, after gathering all processes, raises.
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="The ``compute`` method of metric", category=UserWarning)
-                return wrapped(*args, **kwargs)
-
-        return quiet
-
-
-_SETTINGS = ("bias", "threshold")  # numbers that are no fractions
+_NO_FRACTIONS = ("bias", "threshold")  # numbers that are no fractions
 
 
 def _fractions(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    return {name: part for name, part in value.items() if name not in _SETTINGS}
+    return {name: part for name, part in value.items() if name not in _NO_FRACTIONS}

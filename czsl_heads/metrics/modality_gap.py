@@ -84,17 +84,9 @@ class RelativeModalityGap(SafeMetric):
         check_tensor("images", images)
         check_shapes(images=(images, f"images {self._dim()}"))
         if self.texts is None:
-            check_tensor("match", match)
-            check_shapes(images=(images, "images dim"), match=(match, "images dim"))
-            wide_unit_rows("match", match)  # only to tell of a zero vector by this name
-            self._add(gather_sums(images, match))
+            self._add(gather_sums(images, match, texts_name="match"))
         else:
-            check_tensor("match", match, dtypes=(torch.long,))
-            check_shapes(images=(images, "images dim"), match=(match, "images"))
-            outside = match[(match < 0) | (match >= len(self.texts))]
-            if len(outside):
-                raise ValueError(f"expected `match` to be in [0, {len(self.texts) - 1}], got {int(outside[0])}")
-            self._add(gather_sums(images, self.texts, match))
+            self._add(gather_sums(images, self.texts, match, labels_name="match"))
 
     def _dim(self) -> int | str:
         """That of the texts or of earlier images, else a name that fits any."""

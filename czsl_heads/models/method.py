@@ -150,13 +150,13 @@ class Method(nn.Module, Saved):
 
     def compare(self, encoded: Any, texts: TextFeatures, *vectors: Tensor) -> list[Any]:
         """Logits of encoded images, and of each vector ``[batch, dim]`` that stands for them in place of [CLS]."""
-        return [self._see(tokens_of(encoded), texts), *self.classify(encoded, texts, *vectors)]
+        return [self._logits_of(tokens_of(encoded), texts), *self.classify(encoded, texts, *vectors)]
 
     def classify(self, encoded: Any, texts: TextFeatures, *vectors: Tensor) -> list[Any]:
         """What :meth:`compare` says of the vectors, without comparing the tokens."""
-        return [self._see(vector[:, None], texts) for vector in vectors]
+        return [self._logits_of(vector[:, None], texts) for vector in vectors]
 
-    def _see(self, tokens: Tensor, texts: TextFeatures) -> Logits:
+    def _logits_of(self, tokens: Tensor, texts: TextFeatures) -> Logits:
         scale = self.encoder.logit_scale
         of_pairs = self.seam(tokens, texts.pairs, scale)
         others = (self.seam(tokens, rows, scale) if len(rows) else of_pairs[:, :0] for rows in texts[1:])
@@ -314,8 +314,10 @@ def cross_entropies(logits: Logits, pairs: Tensor, targets: Tensor) -> dict[str,
     """Cross-entropy of each branch that there is, as ``loss_pairs``, ``loss_attrs`` and ``loss_objs``.
 
     Raises:
-        ValueError: A target is no row of ``pairs``; -100 is none either, which cross-entropy would leave out.
+        TypeError, ValueError: ``targets`` are of another kind, or one is no row of ``pairs``; -100 is none either.
     """
+    check_tensor("targets", targets, dtypes=(torch.long,))
+    check_shapes(logits=(logits.pairs, "batch pairs"), targets=(targets, "batch"))
     check_index("targets", targets, len(pairs))
     of_primitives = pairs.to(targets.device)[targets].unbind(dim=1)
     return {

@@ -123,7 +123,8 @@ class SAC(nn.Module):
         condenser: Gathers the tokens to one vector (VAC). ``True``: a new ``VACondenser(encoder.dim)``; ``False``:
             none, and no bank: the alignment branch alone.
         bank: Classifies that vector among those that it remembers; over the pairs of ``space``. ``True``: a new
-            :class:`~czsl_heads.DynamicMemoryBank` with the encoder's scale; ``False``: none.
+            :class:`~czsl_heads.DynamicMemoryBank` that is read with the encoder's scale of now, also while that is
+            trained; ``False``: none. A bank that is given has its own scale.
         context, prompt_dropout: Of :class:`~czsl_heads.SoftPrompts`.
         fusion, checkpoint: Of :class:`Aligned`. With a condenser, the scores of its branches are probabilities.
         alpha: Weight of the distillation from the alignment branch in the condenser's loss, in [0, 1].
@@ -176,14 +177,15 @@ class SAC(nn.Module):
         made = VACondenser(encoder.dim) if condenser is True else condenser
         self.condenser = made if isinstance(made, VACondenser) else None
         self.alpha, self.beta, self.gamma, self.direction = alpha, beta, gamma, direction
+        self._own_bank: tuple[DynamicMemoryBank, ...] = ()
         if bank is not True:
             self.use_bank(bank or None, space)
-        elif self.condenser is not None:
-            scale = encoder.logit_scale.detach()
-            self.use_bank(DynamicMemoryBank(len(space), encoder.dim, logit_scale=scale), space)
-            self._own_bank = True
-        else:
+        elif self.condenser is None:
             self.use_bank(None, space)
+        else:
+            own = DynamicMemoryBank(len(space), encoder.dim, logit_scale=encoder.logit_scale.detach())
+            self._own_bank = (own,)  # in a tuple: it is registered as `bank`
+            self.use_bank(own, space)
 
     @property
     def method(self) -> Aligned:
@@ -202,7 +204,7 @@ class SAC(nn.Module):
                 raise ValueError("expected `bank` with a condenser, whose vectors it remembers, got no condenser")
             if bank.num_pairs != len(space):
                 raise ValueError(f"expected `bank` over the {len(space)} pairs of the space, got {bank.num_pairs}")
-        self.bank, self.bank_space, self._own_bank = bank, space, False
+        self.bank, self.bank_space = bank, space
 
     def texts(self, space: CompositionSpace) -> SpaceTexts:
         """Encode the prompts of a space; once for a whole evaluation, anew at each step that trains them."""
@@ -245,8 +247,8 @@ class SAC(nn.Module):
         """The bank's logits ``[batch, P]``; None without one, or in another label space."""
         if self.bank is None or not self._is_of_bank(space):
             return None
-        # The default bank has the encoder's scale, also after that was trained on.
-        scale = self.encoder.logit_scale if self._own_bank else None
+        # The default bank has the encoder's scale of now, which may have been trained since the bank was made.
+        scale = self.encoder.logit_scale if self.bank in self._own_bank else None
         logits: Tensor = self.bank(features, logit_scale=scale)
         return logits
 

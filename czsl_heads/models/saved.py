@@ -189,7 +189,7 @@ def _load_row(folder: Path, row: str | None, seed: int | None) -> Method:
     results = read_results(folder)
     row = results["shown"] if row is None else row
     rows = {each["key"]: each for each in results["rows"]}
-    seeds = [one["seed"] for one in results["rows"][0]["by_seed"]]
+    seeds = [of_seed["seed"] for of_seed in results["rows"][0]["by_seed"]]
     check_choice("row", row, rows)
     if seed is not None and seed not in seeds:
         raise ValueError(f"expected `seed` to be one of {', '.join(map(str, seeds))}, got {seed}")

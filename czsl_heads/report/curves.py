@@ -22,8 +22,8 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
         for color, row in enumerate(_drawn(results)):
             auc = percent(row["summary"][world]["exact"]["auc"])
             label = f"row {row['key']}: {auc}"
-            for number, one in enumerate(row["by_seed"]):
-                curves = {name: _points(one["test"][world][name]["curve"]) for name in ("exact", "standard")}
+            for number, of_seed in enumerate(row["by_seed"]):
+                curves = {name: _points(of_seed["test"][world][name]["curve"]) for name in ("exact", "standard")}
                 alpha = 0.9 if len(row["by_seed"]) == 1 else 0.55
                 axis.plot(*curves["exact"], color=f"C{color}", alpha=alpha, label=None if number else label)
                 axis.plot(*curves["standard"], ".", color=f"C{color}", markersize=4, alpha=0.6)
@@ -60,8 +60,8 @@ def plot_feasibility(results: dict[str, Any], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for color, row in enumerate(_drawn(results)):
         style = {"color": f"C{color}", "alpha": 0.9 if len(row["by_seed"]) == 1 else 0.55}
-        for number, one in enumerate(row["by_seed"]):
-            found = one["feasibility"]
+        for number, of_seed in enumerate(row["by_seed"]):
+            found = of_seed["feasibility"]
             auc = [math.nan if value is None else 100 * value for value in found["auc"]]
             left.plot(found["thresholds"], auc, label=None if number else f"row {row['key']}", **style)
             left.axhline(100 * found["auc_unmasked"], linestyle=":", **style)

@@ -20,7 +20,7 @@ class TokenMap(NamedTuple):
     """One number for each token of each image.
 
     Attributes:
-        prefix: Of the tokens before the patches, [CLS] first: ``[batch, num_prefix]``.
+        prefix: Of the image feature, token 0: ``[batch, 1]``.
         patches: Of the patches, as they lie in the image: ``[batch, rows, columns]``.
     """
 
@@ -46,8 +46,8 @@ def token_map(numbers: Tensor, encoder: Encoder) -> TokenMap:
     """
     rows, columns = encoder.grid
     check_tensor("numbers", numbers)
-    check_shapes(numbers=(numbers, f"batch {encoder.num_prefix + rows * columns}"))
-    prefix, patches = numbers.split([encoder.num_prefix, rows * columns], dim=1)
+    check_shapes(numbers=(numbers, f"batch {1 + rows * columns}"))
+    prefix, patches = numbers.split([1, rows * columns], dim=1)
     return TokenMap(prefix, rearrange(patches, "batch (rows columns) -> batch rows columns", rows=rows))
 
 

@@ -116,7 +116,7 @@ def results_page(
         shown=results["shown"],
         model=model,
         behind=model if isinstance(model, Condensed) else None,
-        patches=model.encoder.grid[0] * model.encoder.grid[1] + model.encoder.num_prefix,
+        patches=model.encoder.grid[0] * model.encoder.grid[1] + 1,
         looked_at=len(found),
         accuracy=sum(image.right for image in found) / len(found),
         pointing=pointing_scores(found, keys),
@@ -241,7 +241,7 @@ def _feasibility(results: dict[str, Any]) -> tuple[str, str] | None:
 
 def _winner_shares(by_seed: list[dict[str, Any]]) -> list[str]:
     """Shares in per cent: winners that are patches (predicted pair, labelled pair), and strongly active patches."""
-    gaps = [one["gap"] for one in by_seed]
+    gaps = [of_seed["gap"] for of_seed in by_seed]
     columns = [
         [gap["winners_that_are_patches"]["pred"] for gap in gaps],
         [gap["winners_that_are_patches"]["true"] for gap in gaps],

@@ -36,7 +36,7 @@ def plot_gap(results: dict[str, Any], path: Path) -> None:
 
 def _points(by_seed: list[dict[str, Any]], vector: str) -> tuple[list[float], list[float]]:
     """Gap and AUC in per cent of the seeds that have both."""
-    gaps = [one["gap"].get("relative_modality_gap", {}).get(vector) for one in by_seed]
-    areas = [one["test"]["closed"]["standard"]["auc"] for one in by_seed]
+    gaps = [of_seed["gap"].get("relative_modality_gap", {}).get(vector) for of_seed in by_seed]
+    areas = [of_seed["test"]["closed"]["standard"]["auc"] for of_seed in by_seed]
     found = [(gap, 100 * area) for gap, area in zip(gaps, areas) if gap is not None and area is not None]
     return [gap for gap, _ in found], [area for _, area in found]

@@ -215,14 +215,14 @@ def _notes(results: dict[str, Any]) -> list[str]:
     rows, lines = results["rows"], []
     if any(row["transductive"] for row in rows):
         lines += [f"\\* {TRANSDUCTIVE}", ""]
-    if worst := max(one.get("rejected", 0) for row in rows for one in row["by_seed"]):
+    if worst := max(of_seed.get("rejected", 0) for row in rows for of_seed in row["by_seed"]):
         lines += [f"{worst} image vectors were not finite and did not enter a memory bank.", ""]
     if has_feasibility(results):
         lines += [feasibility_note(results), ""]
     lines += [columns_note(results), ""]
     if any(row["gap"] for row in rows):
         lines += [_GAP, ""]
-    if all(one["best_epoch"] is None for row in rows for one in row["by_seed"]):
+    if all(of_seed["best_epoch"] is None for row in rows for of_seed in row["by_seed"]):
         lines += ["Nothing is trained, so that all seeds would give the same numbers.", ""]
     return lines
 

@@ -186,10 +186,10 @@ def row_results(row: Row, config: Config, records: list[dict[str, dict[str, Any]
 
 def _row_summary(by_seed: list[dict[str, Any]]) -> dict[str, Any]:
     """Means and deviations over seeds of what a row scored, of its gap, and of its search for a threshold."""
-    gaps = [one["gap"]["relative_modality_gap"] for one in by_seed if one["gap"]]
-    searches = [one["feasibility"] for one in by_seed if "feasibility" in one]
+    gaps = [of_seed["gap"]["relative_modality_gap"] for of_seed in by_seed if of_seed["gap"]]
+    searches = [of_seed["feasibility"] for of_seed in by_seed if "feasibility" in of_seed]
     summary = {
-        "summary": summary_of([one["test"] for one in by_seed]),
+        "summary": summary_of([of_seed["test"] for of_seed in by_seed]),
         "gap": {name: spread([gap[name] for gap in gaps]) for name in gaps[0]} if gaps else {},
     }
     return summary | ({"feasibility": _search_summary(searches)} if searches else {})
@@ -218,7 +218,7 @@ def _search_summary(searches: list[dict[str, Any]]) -> dict[str, Any]:
 
 def compared(table: Table, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Differences of rows, seed by seed, of every number; nothing for one seed."""
-    tests = {row["key"]: [one["test"] for one in row["by_seed"]] for row in rows}
+    tests = {row["key"]: [of_seed["test"] for of_seed in row["by_seed"]] for row in rows}
     return [
         {"row": row, "against": other, "differences": differences_of(tests[row], tests[other])}
         for row, other in table.comparisons
@@ -232,7 +232,8 @@ def _study_results(name: str, config: Config, records: list[dict[str, dict[str, 
     for row in study.points:
         found = row_results(row, config, records)
         by_seed = [
-            {"seed": one["seed"], "test": numbers_of(one["test"]), "gap": one["gap"]} for one in found["by_seed"]
+            {"seed": of_seed["seed"], "test": numbers_of(of_seed["test"]), "gap": of_seed["gap"]}
+            for of_seed in found["by_seed"]
         ]
         points.append(
             {

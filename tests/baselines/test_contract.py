@@ -133,6 +133,10 @@ def test_targets_that_are_no_pairs_are_told(name, wrong, images):
     logits = model.compare(model.encode(images), model.texts(SEEN))[0]
     assert len(SEEN) == 3
     for losses in (model.losses, model.validation_losses):
+        with pytest.raises(ValueError, match=r"expected `targets` of shape \(batch\) with batch=6"):
+            losses(logits, SEEN, targets[:5])
+        with pytest.raises(TypeError, match=r"expected `targets` of dtype torch.int64, got torch.int32"):
+            losses(logits, SEEN, TARGETS.int())
         with pytest.raises(ValueError, match=rf"expected `targets` to be in \[0, 2\], got {wrong}"):
             losses(logits, SEEN, targets)
 

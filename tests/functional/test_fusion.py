@@ -2,6 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from czsl_heads.functional import combine, fuse
 
@@ -135,3 +137,20 @@ def test_indices_out_of_range_are_told(column, wrong):
         combine(pair_probs, attr_probs, obj_probs, pairs)
     with pytest.raises(RuntimeError, match=rf"expected `pairs\[:, {column}\]` to be in \[0, {most}\]"):
         torch.compile(combine, backend="aot_eager", fullgraph=True)(pair_probs, attr_probs, obj_probs, pairs)
+
+
+def test_indices_without_values_are_not_looked_at():
+    *probs, pairs = draw()
+    expected = combine(*probs, pairs)
+    batched = torch.vmap(combine, in_dims=(None, None, None, 0))(*probs, torch.stack([pairs, pairs]))
+    assert torch.equal(batched, torch.stack([expected, expected]))
+    assert torch.equal(make_fx(combine)(*probs, pairs)(*probs, pairs), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        empty = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in (*probs, pairs)]
+        assert combine(*empty).shape == expected.shape
+
+
+def test_no_primitives_are_told():
+    pair_probs, attr_probs, obj_probs, pairs = draw()
+    with pytest.raises(ValueError, match=r"expected `pairs\[:, 0\]` of no index at all, got"):
+        combine(pair_probs, attr_probs[:, :0], obj_probs, pairs)

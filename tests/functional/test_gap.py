@@ -262,9 +262,9 @@ def test_choosing_the_token_by_the_label_lowers_the_gap_of_pure_noise(seed):
         ({"texts": torch.ones(5, 6)}, ValueError, r"expected `texts` of shape \(texts, dim\) .*dim=7, got \(5, 6\)"),
         ({"labels": torch.zeros(5).long()}, ValueError, r"expected `labels` of shape .*images=11.*got \(5,\)"),
         ({"labels": None}, ValueError, r"expected `texts` of shape \(images, dim\) with images=11.*got \(5, 7\)"),
-        ({"labels": torch.full((11,), 5)}, ValueError, r"expected `labels` to be in \[0, 5\), got 5"),
-        ({"labels": torch.full((11,), -1)}, ValueError, r"expected `labels` to be in \[0, 5\), got -1"),
-        ({"texts": torch.ones(0, 7)}, ValueError, r"expected `labels` to be in \[0, 0\), got"),
+        ({"labels": torch.full((11,), 5)}, ValueError, r"expected `labels` to be in \[0, 4\], got 5"),
+        ({"labels": torch.full((11,), -1)}, ValueError, r"expected `labels` to be in \[0, 4\], got -1"),
+        ({"texts": torch.ones(0, 7)}, ValueError, r"expected `labels` of no index at all, got"),
     ],
 )
 def test_wrong_arguments_are_told(change, error, message):

@@ -1,12 +1,15 @@
 """Vectors of length one: as torch's normalize, and right where it is not."""
 
 import math
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from czsl_heads.functional.unit import unit_rows, unit_vectors, wide_unit_rows
 
@@ -127,3 +130,17 @@ def test_wide_rows_name_the_zero_vector():
         wide_unit_rows("images", vectors)
     tiny = torch.tensor([[1e-40, 0.0], [3e38, 3e38]])
     torch.testing.assert_close(wide_unit_rows("images", tiny), torch.tensor([[1, 0], [0.5**0.5] * 2]).double())
+
+
+def test_what_is_written_down_of_it_is_right_at_every_length():
+    usual = draw(3, 7)
+    vectors = torch.cat([usual, draw(3, 7) * 1e-25, draw(3, 7) * 1e25, torch.zeros(1, 7)])
+    expected = unit_vectors(vectors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        traced = torch.jit.trace(unit_vectors, (usual,))
+    torch.testing.assert_close(traced(vectors), expected)
+    torch.testing.assert_close(make_fx(lambda rows: unit_vectors(rows))(usual)(vectors), expected)
+    assert unit_vectors(vectors).isfinite().all()
+    with FakeTensorMode():
+        assert unit_vectors(torch.empty(4, 7)).shape == (4, 7)

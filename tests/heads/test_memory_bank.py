@@ -934,7 +934,9 @@ IMPOSSIBLE = {
         "expected `features` of unit length, got a length of 2 in row 0",
     ),
     "zero vector": ("features", torch.zeros_like, "expected `features` of unit length, got a length of 0 in row 0"),
-    "NaN entropy": ("entropy", lambda values: values * torch.nan, "expected `entropy` of finite numbers, got NaN"),
+    "NaN entropy": ("entropy", lambda values: values * torch.nan, "expected `entropy` between 0 and log 5, got nan"),
+    "low entropy": ("entropy", lambda values: values - 5, "expected `entropy` between 0 and log 5, got -"),
+    "high entropy": ("entropy", lambda values: values + 5, "expected `entropy` between 0 and log 5, got "),
     "text pair": ("text_pair", lambda pair: pair - 9, r"expected `text_pair` to be in \[0, 4\], got -"),
     "too many texts": ("text_pair", torch.zeros_like, "expected `text_pair` of at most 3 entries in a row, got 4"),
     "NaN text": ("texts", lambda rows: rows * torch.nan, "expected `texts` of unit length, got a length of nan"),
@@ -977,3 +979,26 @@ def test_a_bank_is_made_where_and_as_is_asked():
     assert {buffer.device.type for buffer in bank.buffers()} == {"meta"}
     assert bank.features.dtype == bank.texts.dtype == torch.bfloat16
     assert bank.entropy.dtype == torch.float32
+
+
+def test_a_scale_of_a_call_is_a_scalar_and_may_be_a_constant():
+    bank = fill(build())
+    features = draw_features(3, seed=5)
+    for shape in ((3,), (3, 5)):
+        with pytest.raises(ValueError, match=r"expected `logit_scale` of shape \(\), got"):
+            bank(features, logit_scale=torch.ones(shape))
+    assert torch.equal(bank(features, logit_scale=torch.tensor(100.0)), bank(features))
+
+
+def test_a_wrong_state_is_named_as_it_stands_in_the_whole():
+    model = nn.Sequential(nn.Linear(2, 2), fill(build()))
+    state = model.state_dict()
+    state["1.pair"] = state["1.pair"] + PAIRS
+    with pytest.raises(ValueError, match=r"expected `1.pair` to be in \[0, 4\]"):
+        model.load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_a_bank_holds_floats(dtype):
+    with pytest.raises(TypeError, match=r"expected `dtype` to be one of floats, got torch\."):
+        build(dtype=dtype)

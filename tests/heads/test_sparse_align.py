@@ -403,3 +403,17 @@ def test_parameters_are_made_where_and_as_is_asked(options):
     torch.manual_seed(0)
     made = SparseAlignHead(**options, device="cpu", dtype=torch.float32)
     assert all(torch.equal(*both) for both in zip(plain.parameters(), made.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (torch.ones(3), ValueError, r"expected `logit_scale` of shape \(\), got \(3,\)"),
+        (torch.ones(2, 3), ValueError, r"expected `logit_scale` of shape \(\), got \(2, 3\)"),
+        (10.0, TypeError, "expected `logit_scale` to be a torch.Tensor, got float"),
+        (torch.tensor(3), TypeError, "expected `logit_scale` of dtype .*, got torch.int64"),
+    ],
+)
+def test_a_scale_of_a_call_that_is_no_scalar_is_told(scale, error, message):
+    with pytest.raises(error, match=message):
+        SparseAlignHead()(*draw(), logit_scale=scale)

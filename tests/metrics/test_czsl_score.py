@@ -101,10 +101,10 @@ def test_an_empty_batch_changes_nothing(metric):
 def test_state_grows_with_samples_not_with_pairs(metric):
     scores, target = draw()
     metric.update(scores, target)
-    settings = metric.metric_state["settings"].numel()
+    digest = metric.metric_state["digest"].numel()
     kept = sum(part.numel() for state in metric.metric_state.values() for part in state)
-    assert kept - settings == SAMPLES * (1 + 1 + 4 + 1 + 4)
-    assert settings == 8
+    assert kept - digest == SAMPLES * (1 + 1 + 4 + 1 + 4)
+    assert digest == 8
 
 
 def test_states_hold_no_graph(metric):
@@ -623,3 +623,30 @@ def test_scores_that_cannot_be_ranked_are_refused_at_the_end(metric, value):
     metric.update(scores[11:], target[11:])
     with pytest.raises(ValueError, match=r"expected `scores` without NaN and \+inf, got one in sample 20"):
         metric.compute()
+
+
+@pytest.mark.parametrize("change", [{"eval_mask": None}, {"topk": 2}])
+def test_samples_of_other_labels_or_options_are_not_merged_or_loaded(change):
+    scores, target = draw(SAMPLES)
+    own, other = CZSLScore(SPACE, eval_mask=EVAL_MASK), CZSLScore(SPACE, **{"eval_mask": EVAL_MASK, **change})
+    for metric in (own, other):
+        metric.persistent(True)
+        metric.update(scores, target)
+    before = own.compute()
+    with pytest.raises(ValueError, match="expected `incoming_state` of a metric of the same labels and options"):
+        own.merge_state(other)
+    with pytest.raises(ValueError, match="expected `state_dict` of a metric of the same labels and options"):
+        own.load_state_dict(other.state_dict())
+    assert own.compute() == before
+
+
+def test_a_loaded_state_is_what_is_computed():
+    scores, target = draw(SAMPLES)
+    first, second = CZSLScore(SPACE, eval_mask=EVAL_MASK), CZSLScore(SPACE, eval_mask=EVAL_MASK)
+    for metric, part in ((first, slice(0, 20)), (second, slice(20, None))):
+        metric.persistent(True)
+        metric.update(scores[part], target[part])
+    expected = second.compute()
+    assert first.compute() != expected
+    first.load_state_dict(second.state_dict())
+    assert first.compute() == expected

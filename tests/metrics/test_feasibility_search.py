@@ -83,7 +83,7 @@ def test_blocks_of_columns_equal_whole_rows(search):
 def test_state_grows_with_samples_and_steps_not_with_pairs(search):
     search.update(*draw())
     kept = sum(part.numel() for state in search.metric_state.values() for part in state)
-    assert kept - search.settings.numel() == SAMPLES * (1 + 1 + 2 * (1 + STEPS) + 1)
+    assert kept - search.digest.numel() == SAMPLES * (1 + 1 + 2 * (1 + STEPS) + 1)
 
 
 def test_empty_batches_and_forward_and_reset(search):

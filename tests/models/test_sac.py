@@ -399,3 +399,19 @@ def test_the_default_bank_has_the_scale_that_the_encoder_has_now(space: Composit
     found = before > -torch.inf
     torch.testing.assert_close(after[found], before[found] * torch.tensor(0.5).exp())
     assert torch.autograd.grad(after[found].sum(), sac.encoder.model.logit_scale)[0] != 0
+
+
+def test_its_own_bank_keeps_its_scale_however_it_came_back(space: CompositionSpace, images: torch.Tensor) -> None:
+    sac = SAC(wrap("tiny"), space).eval()
+    texts = sac.texts(space)
+    sac.adapt(sac(images, texts))
+    with torch.no_grad():
+        sac.encoder.model.logit_scale += 1
+    before = sac(images, texts).bank
+    sac.use_bank(sac.bank, space)
+    assert torch.equal(sac(images, texts).bank, before)
+    given = DynamicMemoryBank(len(space), 96, logit_scale=7.0)
+    given.load_state_dict(sac.bank.state_dict())
+    sac.use_bank(given, space)
+    features = sac(images, texts).features
+    assert torch.equal(sac(images, texts).bank, given(features))
