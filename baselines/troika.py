@@ -87,7 +87,8 @@ class Disentangler(nn.Module):
         if self.training and tokens.shape[:2] == (1, 1):
             raise ValueError("expected `images` to be at least two in training, for batch norm, got one")
         # as rows, since batch norm would take dimension 1, the tokens, for channels
-        rows = rearrange(self.proj(tokens), "batch tokens dim -> (batch tokens) dim")
+        projected = self.proj(tokens.to(self.proj.weight.dtype))  # a CLIP of half precision does not decide ours
+        rows = rearrange(projected, "batch tokens dim -> (batch tokens) dim")
         hidden = F.dropout(F.relu(self.norm(rows)), training=self.training)
         viewed: Tensor = rearrange(hidden, "(batch tokens) dim -> batch tokens dim", tokens=tokens.shape[1])
         return viewed
@@ -212,6 +213,7 @@ class Traction(nn.Module):
 
     def forward(self, texts: Tensor, reads: list[tuple[Tensor, Tensor]], batch: int) -> Tensor:
         """Unit texts ``[texts, dim]`` or ``[batch, texts, dim]`` to ``[batch, texts, dim]``, unit rows."""
+        texts = texts.to(self.weight.dtype)
         moved = texts.expand(batch, -1, -1)
         for layer, read in zip(self.layers, reads):
             moved = layer(moved, read)
@@ -418,7 +420,7 @@ class Troika(Method):
 
     def _normed(self, tokens: Tensor) -> Sequence[Tensor]:
         """What traction reads in each branch."""
-        first = self.traction.token_norm(tokens)
+        first = self.traction.token_norm(tokens.to(self.traction.weight.dtype))
         if self.quirks.patch_norm == "fresh":
             return [first] * 3
         second = self.traction.token_norm(first)

@@ -1,4 +1,4 @@
-"""The ``czsl`` command: draw a data set, check one, train a model or a table, evaluate it, report on it, predict."""
+"""The ``czsl`` command: data sets, training, tables, evaluation, reports, predictions, and what CLIPs there are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -270,6 +270,117 @@ def predict(
     return 0
 
 
+def bench(
+    encoders: str,
+    data: Path,
+    out: Path,
+    align: str = "cls,max",
+    split: Literal["train", "val", "test"] = "test",
+    world: Literal["closed", "open"] = "closed",
+    context: str = "a photo of",
+    topk: int = 4,
+    batch_size: int = 64,
+    trainer: dict[str, Any] | None = None,
+) -> int:
+    """Score CLIPs zero-shot on a data set, print a table, and write bench.csv and bench.png to a folder.
+
+    Args:
+        encoders: Names of CLIPs, with commas between; czsl encoders lists what there is.
+        data: The data set, in the field's layout.
+        out: Folder for the table and the picture; what it holds of an earlier call is replaced.
+        align: How images meet texts, with commas between: cls (the image feature), or max, topk, logsumexp or mean over
+            all tokens.
+        split: The split to score.
+        world: Candidates: the data set's pairs (closed), or every attribute with every object (open).
+        context: The words in front of each pair.
+        topk: How many tokens topk takes.
+        batch_size: Images at once.
+        trainer: Flags of lightning.Trainer: accelerator, devices, precision.
+
+    Returns:
+        0, or 1 if a CLIP could not be had; the others are scored all the same.
+    """
+    from czsl_heads.data.layout import read_dataset
+    from czsl_heads.training.bench import bench as score
+    from czsl_heads.training.bench import plot_bench
+
+    names, aligns = encoders.split(","), cast(list[Any], align.split(","))
+    options: dict[str, Any] = {"split": split, "world": world, "context": context, "topk": topk}
+    with _writable("out", out):
+        rows = score(names, read_dataset(data), out, aligns=aligns, batch_size=batch_size, trainer=trainer, **options)
+        plot_bench(rows, out / "bench.png")
+    _print_bench(rows)
+    print(f"wrote bench.csv and bench.png to {out}")
+    failed = [row for row in rows if row.get("error")]
+    for row in failed:
+        print(f"{row['encoder']}: {row['error']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _print_bench(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("encoder", "align", title="zero-shot, exact protocol (%)", title_justify="left")
+    columns = {"auc": "AUC", "harmonic_mean": "HM", "seen": "seen", "unseen": "unseen"}
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
+    for row in rows:
+        if row.get("error"):
+            continue
+        table.add_row(escape(row["encoder"]), row["align"], *(f"{100 * row[name]:.1f}" for name in columns))
+    Console().print(table)
+
+
+def encoders(json: bool = False) -> int:
+    """Print what CLIPs there are: packages, architectures, encoders of other packages, and weights on this machine.
+
+    Args:
+        json: Print all of it as JSON, with every architecture, its tags, and why the others cannot be wrapped.
+
+    Returns:
+        0.
+    """
+    from json import dumps
+
+    from czsl_heads.encoders.listing import list_encoders
+
+    found = list_encoders()
+    if json:
+        print(dumps(found, indent=2, ensure_ascii=False))
+        return 0
+    _print_encoders(found)
+    return 0
+
+
+def _print_encoders(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    packages = (f"{name} {version or 'not installed'}" for name, version in found["containers"].items())
+    print(f"packages: {', '.join(packages)}")
+    table = Table("vision tower", title="Architectures of open_clip", title_justify="left")
+    table.add_column("wrap", justify="right")
+    table.add_column("with tags", justify="right")
+    table.add_column("such as", overflow="fold")  # whole: to be copied
+    for family, members in found["architectures"].items():
+        tagged = {name: tags for name, tags in members.items() if tags}
+        one = next((f"{name}:{tags[0]}" for name, tags in tagged.items()), next(iter(members)))
+        table.add_row(family, str(len(members)), str(len(tagged)), escape(one))
+    table.add_row("none that wraps", str(len(found["refused"])), "", "--json has the reasons")
+    Console().print(table)
+
+    for name, value in {"tiny": "the embedded one", **found["packages"]}.items():
+        print(f"{name}: {value}")
+    for each in found["weights"]:
+        name = each["name"] or "ARCHITECTURE:PATH"
+        print(f"{name}  {each['bytes'] / 1e6:.1f} MB  {each['file']}")
+    if not found["weights"]:
+        print("no weights in the caches of this machine (~/.cache/clip and the Hugging Face hub's)")
+
+
 def _finished(run: Path, seed: int | None = None) -> tuple[dict[str, Any], int]:
     """The results of a finished command, and the seed to use."""
     from czsl_heads.training.finished import finished
@@ -334,6 +445,8 @@ _COMMANDS: dict[str, Callable[..., int]] = {
     "tune": tune,
     "report": report,
     "predict": predict,
+    "bench": bench,
+    "encoders": encoders,
 }
 _RESUMED = ("train", "ablate")
 # jsonargparse reads items of a mapping one level deep: `--options.bank.slots 4` becomes `--options.bank/slots 4`.
@@ -382,6 +495,12 @@ def _parser() -> ArgumentParser:
     predicting.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
     predicting.add_function_arguments(predict, skip={"images"})
     commands.add_subcommand("predict", predicting, help="name what is on images")
+    benching = ArgumentParser(description="Score CLIPs zero-shot on a data set: one table, one picture.")
+    benching.add_function_arguments(bench)
+    commands.add_subcommand("bench", benching, help="compare CLIPs on a data set, zero-shot")
+    listing = ArgumentParser(description="Print what CLIPs there are, and by which names they are asked for.")
+    listing.add_argument("--json", action="store_true", help="all of it, as JSON")
+    commands.add_subcommand("encoders", listing, help="list the CLIPs that can be had here")
     return parser
 
 
@@ -412,7 +531,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             del values["add"]
         return _COMMANDS[command](**values)
     except ModuleNotFoundError as error:
-        complaint = f"expected the package {error.name}, got none: pip install 'czsl-heads[train]'"
+        complaint = _how_to_get(error)
     except (ValueError, TypeError, OSError) as error:
         complaint = str(error)
     except KeyboardInterrupt:
@@ -421,6 +540,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(f"{f'czsl {command}'.strip()}: {complaint}", file=sys.stderr)
     return 1
+
+
+def _how_to_get(error: ModuleNotFoundError) -> str:
+    """Which extra brings a package that is missing."""
+    said = str(error)
+    if said.startswith("expected"):  # who needs it has said so
+        return said
+    package = (error.name or said).partition(".")[0]
+    extra = package if package == "transformers" else "train"
+    return f"expected the package {package}, got none: pip install 'czsl-heads[{extra}]'"
 
 
 if __name__ == "__main__":

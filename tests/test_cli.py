@@ -60,7 +60,7 @@ def test_make_shapes_writes_a_data_set_that_check_accepts(tmp_path: Path) -> Non
         (
             ["ablate", "--out", "o", "--encoder=RN50"],
             1,
-            "expected a vision tower of kind VisionTransformer, got Modified",
+            "got RN50: its attention pooling projects one vector, and not single patches",
         ),
         (["ablate", "--out", "o", "--trainer.accelerator=nope"], 1, "expected `trainer` to hold flags"),
         (["ablate", "--out", "file/o", "--quick"], 1, "expected `out` to be a folder that can be written, got file/o"),

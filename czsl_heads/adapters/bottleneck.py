@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from czsl_heads._checks import check_integer, check_positive, check_range
 from czsl_heads.encoders.blocks import has_hooks
 from czsl_heads.encoders.protocol import Encoder, Tower, check_encoder
+from czsl_heads.functional.precision import score_dtype
 
 _PARTS = ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2")
 
@@ -69,9 +70,10 @@ class Bottleneck(nn.Module):
 
     def forward(self, stream: Tensor) -> Tensor:
         """Stream ``[..., width]`` to what is added to it, ``[..., width]``."""
-        hidden = F.dropout(F.relu(self.down_proj(stream)), self.dropout, self.training)
+        wide = stream.to(self.down_proj.weight.dtype)
+        hidden = F.dropout(F.relu(self.down_proj(wide)), self.dropout, self.training)
         added: Tensor = self.up_proj(hidden) * self.scale
-        return added
+        return added.to(stream.dtype)
 
 
 class AdaptedBlock(nn.Module):
@@ -148,7 +150,8 @@ def add_bottlenecks(
         _check_block(block, tower)
     for index, block in enumerate(blocks):
         weight: Tensor = block.ln_1.weight  # type: ignore[union-attr, assignment]
-        options: dict[str, Any] = {"scale": scale, "dropout": dropout, "device": weight.device, "dtype": weight.dtype}
+        options: dict[str, Any] = {"scale": scale, "dropout": dropout, "device": weight.device}
+        options["dtype"] = score_dtype(weight)  # float32 beside half precision
         beside_attn = Bottleneck(len(weight), dim, **options)
         beside_mlp = Bottleneck(len(weight), dim, **options)
         blocks[index] = AdaptedBlock(block, beside_attn, beside_mlp)

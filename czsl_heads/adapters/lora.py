@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from torch import nn
 
 from czsl_heads._checks import check_choice, check_integer, check_kind, check_positive, check_range
-from czsl_heads.adapters.lora_layers import ATTENTION, LoRAAttention, LoRALinear, Matrix, Mergeable
-from czsl_heads.encoders.blocks import has_hooks, is_plain_attention
+from czsl_heads.adapters.lora_layers import ATTENTION, LoRAAttention, LoRAFusedLinear, LoRALinear, Matrix, Mergeable
+from czsl_heads.encoders.blocks import BlockParts, has_hooks, is_plain_attention
 from czsl_heads.encoders.protocol import Encoder, Tower, check_encoder
 
-MLP: dict[str, str] = {"fc": "c_fc", "proj": "c_proj"}
+MLP: tuple[Matrix, ...] = ("fc", "proj")
+LoRALayer = LoRAAttention | LoRAFusedLinear | LoRALinear
 
 
 def add_lora(
@@ -24,15 +25,16 @@ def add_lora(
     dropout: float = 0.0,
     layers: int | Sequence[int] | None = None,
     tower: Tower = "vision",
-) -> list[LoRAAttention | LoRALinear]:
+) -> list[LoRALayer]:
     """Put low-rank adapters into the blocks of a tower, in place; the model is unchanged until they are trained.
 
     :func:`merge_lora` and :func:`unmerge_lora` fold them into the weights and take them out again, for inference;
     :func:`remove_lora` puts the plain layers back.
 
     Args:
-        encoder: A wrapped CLIP with open_clip's residual blocks.
-        matrices: Which weights: ``q k v o`` of the attention, ``fc proj`` of the MLP.
+        encoder: A wrapped CLIP.
+        matrices: Which weights: ``q k v o`` of the attention, ``fc proj`` of the MLP. In a gated MLP ``fc`` is gate and
+            value: both get an update, or one that spans both if the container keeps them in one matrix.
         rank: Of each update, at least 1.
         alpha: The update is scaled by ``alpha / rank``, positive; default: ``rank``, which scales by 1.
         dropout: On the input of the update, in training.
@@ -40,13 +42,15 @@ def add_lora(
         tower: ``"vision"`` or ``"text"``.
 
     Returns:
-        The new modules. Their weights of the base model keep names and ``requires_grad``; the low-rank ones train.
+        The new modules. Their weights of the base model keep names and ``requires_grad``; the low-rank ones train, in
+        float32 whatever the dtype of the weights.
 
     Raises:
         ValueError: An option is unknown, empty or out of range, a block is adapted already, or a layer that would be
             replaced has hooks, which would be lost.
-        TypeError: ``encoder`` is no Encoder, an option has another type, or a block is of another kind than
-            open_clip's ``ResidualAttentionBlock``.
+        TypeError: ``encoder`` is no Encoder, an option has another type, a block is of an unknown kind (known are
+            open_clip's ``ResidualAttentionBlock``, timm's ``Block`` and ``EvaBlock``, and the layers of the CLIP models
+            of transformers), or a layer that would be replaced is no plain ``nn.Linear``.
 
     Example:
         >>> from czsl_heads import wrap
@@ -73,23 +77,16 @@ def add_lora(
     check_range("dropout", dropout, 0, 1)
 
     blocks = encoder.blocks(tower)
-    chosen: list[Any] = [blocks[index] for index in _layer_indices(layers, len(blocks))]
-    of_attention = [matrix for matrix in ATTENTION if matrix in matrices]
-    of_mlp = [name for matrix, name in MLP.items() if matrix in matrices]
-    for block in chosen:
-        _check_block(block, tower, bool(of_attention), of_mlp)
+    chosen = [blocks[index] for index in _layer_indices(layers, len(blocks))]
+    places = [place for block in chosen for place in _places(block, tower, matrices)]
 
     scale = 1.0 if alpha is None else alpha / rank
     delta: dict[str, Any] = {"rank": rank, "scale": scale, "dropout": dropout}
-    added: list[LoRAAttention | LoRALinear] = []
-    for block in chosen:
-        if of_attention:
-            block.attn = LoRAAttention(block.attn, of_attention, **delta)
-            added.append(block.attn)
-        for name in of_mlp:
-            adapted = LoRALinear(getattr(block.mlp, name), **delta)
-            setattr(block.mlp, name, adapted)
-            added.append(adapted)
+    added: list[LoRALayer] = []
+    for place in places:
+        adapted = _adapt(place, delta)
+        setattr(place.parent, place.name, adapted)
+        added.append(adapted)
     return added
 
 
@@ -97,7 +94,8 @@ def merge_lora(encoder: Encoder, *, tower: Tower | None = None) -> None:
     """Fold all updates into the weights, in place, so that the encoder costs what it does without LoRA.
 
     What is merged already stays so. In training mode merged layers raise when they are called, for their updates would
-    get no gradient. A state dict still holds the weights before merging, beside the updates.
+    get no gradient. A state dict still holds the weights before merging, beside the updates; loading one unmerges.
+    Weights of half precision are rounded once.
 
     Args:
         encoder: A wrapped CLIP that :func:`add_lora` changed.
@@ -141,7 +139,7 @@ def unmerge_lora(encoder: Encoder, *, tower: Tower | None = None) -> None:
 
 
 def remove_lora(encoder: Encoder, *, merge: bool = False, tower: Tower | None = None) -> None:
-    """Take the adapters out, in place: plain ``nn.MultiheadAttention`` and ``nn.Linear`` stand there again.
+    """Take the adapters out, in place: plain ``nn.MultiheadAttention`` or ``nn.Linear`` stand there again.
 
     They have the very parameters of the base model, so that dtype, device and ``requires_grad`` are those of now, and
     the mode (train or eval) of what they replace. :func:`add_lora` may follow.
@@ -172,11 +170,14 @@ def remove_lora(encoder: Encoder, *, merge: bool = False, tower: Tower | None = 
                 f"expected LoRA without hooks, which would be lost with it, got hooks on a {type(adapted).__name__}; "
                 f"remove them first"
             )
+    parent: Any
     for parent, name, adapted in places:
         if merge:
             adapted.merge()
         else:
             adapted.unmerge()
+        if isinstance(adapted, LoRAFusedLinear) and adapted.bias_was_separate is not None:
+            parent.qkv_bias_separate = adapted.bias_was_separate
         setattr(parent, name, adapted.plain())
 
 
@@ -211,29 +212,73 @@ def _layer_indices(layers: int | Sequence[int] | None, depth: int) -> list[int]:
     return indices
 
 
-def _check_block(block: Any, tower: Tower, of_attention: bool, of_mlp: list[str]) -> None:
-    """Raise unless a block has what add_lora would replace: its attention, and layers of its MLP by name."""
-    attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
-    parts = [getattr(mlp, name, None) for name in MLP.values()]
-    if any(isinstance(part, Mergeable) for part in (attention, *parts)):
+class _Place(NamedTuple):
+    """A layer that is to be replaced, and the matrices that get an update there."""
+
+    parent: Any
+    name: str
+    matrices: list[Matrix]
+
+
+def _places(block: Any, tower: Tower, matrices: Sequence[Matrix]) -> list[_Place]:
+    """What add_lora replaces in a block, attention first; TypeError or ValueError if it cannot."""
+    if any(isinstance(layer, Mergeable) for layer in block.modules()):
         raise ValueError(f"expected a {tower} tower without LoRA, got one that is adapted already")
-    if not isinstance(attention, nn.MultiheadAttention) or None in parts:
-        raise TypeError(
-            f"expected blocks with nn.MultiheadAttention and an MLP of c_fc, c_proj, got {type(block).__name__}"
-        )
-    replaced: list[nn.Module] = [attention] if of_attention else []
-    if of_attention and not is_plain_attention(attention):
-        raise TypeError(
-            "expected an nn.MultiheadAttention with one fused in_proj_weight and no bias_k, got another layout"
-        )
-    for name in of_mlp:
-        layer = getattr(mlp, name)
-        if type(layer) is not nn.Linear:
-            raise TypeError(f"expected an MLP whose {name} is an nn.Linear, got {type(layer).__name__}")
-        replaced.append(layer)
-    for layer in replaced:
-        if has_hooks(layer):
-            raise ValueError(
-                f"expected a {tower} tower without hooks on what LoRA replaces, got hooks on a {type(layer).__name__}; "
-                f"add them afterwards"
+    parts = BlockParts(block)
+    places = []
+    of_attention = [matrix for matrix in ATTENTION if matrix in matrices]
+    if isinstance(parts.attention, nn.MultiheadAttention):
+        if of_attention:
+            places.append(_Place(block, parts.names.attention, of_attention))
+    else:
+        places.extend(_linear_places(parts, of_attention, parts.attention))
+    places.extend(_linear_places(parts, [matrix for matrix in MLP if matrix in matrices], parts.mlp))
+    for place in places:
+        _check_place(place, tower)
+    return places
+
+
+def _linear_places(parts: BlockParts, matrices: Sequence[Matrix], holder: Any) -> list[_Place]:
+    places: dict[str, _Place] = {}
+    for matrix in matrices:
+        layers = parts.linear_layers(matrix)
+        if not layers:
+            raise TypeError(f"expected blocks with a linear layer for `matrices` {matrix!r}, got {_kind(holder)}")
+        for parent, name in layers:
+            places.setdefault(name, _Place(parent, name, [])).matrices.append(matrix)
+    return list(places.values())
+
+
+def _check_place(place: _Place, tower: Tower) -> None:
+    layer = getattr(place.parent, place.name)
+    if isinstance(layer, nn.MultiheadAttention):
+        if not is_plain_attention(layer):
+            raise TypeError(
+                "expected an nn.MultiheadAttention with one fused in_proj_weight and no bias_k, got another layout"
             )
+    elif type(layer) is not nn.Linear:
+        half = "an MLP" if place.matrices[0] in MLP else "an attention"
+        raise TypeError(f"expected {half} whose {place.name} is an nn.Linear, got {_kind(layer)}")
+    if has_hooks(layer):
+        raise ValueError(
+            f"expected a {tower} tower without hooks on what LoRA replaces, got hooks on a {_kind(layer)}; "
+            f"add them afterwards"
+        )
+
+
+def _adapt(place: _Place, delta: dict[str, Any]) -> LoRALayer:
+    layer = getattr(place.parent, place.name)
+    if isinstance(layer, nn.MultiheadAttention):
+        return LoRAAttention(layer, place.matrices, **delta)
+    if place.name != "qkv":
+        return LoRALinear(layer, **delta)
+    fused = LoRAFusedLinear(layer, place.matrices, **delta)
+    if getattr(place.parent, "q_bias", None) is not None:
+        # timm's EvaAttention takes the weight alone, unless its bias is to be added apart: then it calls the layer.
+        fused.bias_was_separate = place.parent.qkv_bias_separate
+        place.parent.qkv_bias_separate = True
+    return fused
+
+
+def _kind(layer: Any) -> str:
+    return type(layer).__name__

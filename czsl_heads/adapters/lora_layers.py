@@ -2,39 +2,46 @@
 
 ``in_proj_weight`` of ``nn.MultiheadAttention`` is one fused matrix. Adding to it before the product would give a
 gradient of its full shape, so the attention is replaced by one of the same parameter names that computes
-``x W + s (dropout(x) A) B`` for each of its matrices.
+``x W + s (dropout(x) A) B`` for each of its matrices. The same holds of the fused ``qkv`` layer of timm's attention.
+
+The updates are float32 whatever the dtype of the weights (float64 beside float64), and computed in the dtype of the
+tokens: an optimiser's steps in float16 would not be finite.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from czsl_heads.functional.precision import score_dtype
+
 Matrix = Literal["q", "k", "v", "o", "fc", "proj"]
 ATTENTION: tuple[Matrix, ...] = ("q", "k", "v", "o")
 
 
 class _Delta(nn.Module):
-    """``x`` to ``scale * (dropout(x) A) B``; ``B`` starts at zero."""
+    """``x`` to ``scale * (dropout(x) A) B``; ``B`` starts at zero, and both train in float32."""
 
     def __init__(self, weight: Tensor, *, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
         rows, columns = weight.shape
-        self.a = nn.Parameter(torch.empty(rank, columns, dtype=weight.dtype, device=weight.device))
-        self.b = nn.Parameter(torch.zeros(rows, rank, dtype=weight.dtype, device=weight.device))
+        made: dict[str, Any] = {"dtype": score_dtype(weight), "device": weight.device}
+        self.a = nn.Parameter(torch.empty(rank, columns, **made))
+        self.b = nn.Parameter(torch.zeros(rows, rank, **made))
         self.scale, self.dropout = scale, dropout
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``[..., columns]`` of the weight to ``[..., rows]``: what is added to its product."""
         inputs = F.dropout(inputs, self.dropout, self.training)
-        return self.scale * F.linear(F.linear(inputs, self.a), self.b)
+        down, up = self.a.to(inputs.dtype), self.b.to(inputs.dtype)
+        return self.scale * F.linear(F.linear(inputs, down), up)
 
     def matrix(self) -> Tensor:
         """The same as one matrix of the shape of the weight, without dropout."""
@@ -48,7 +55,8 @@ class Mergeable(nn.Module):
     """Weights that the updates can be folded into, for inference, and taken out of again to the bit.
 
     Merged updates would get no gradient: a forward pass in training mode then raises ValueError. While merged, a state
-    dict still holds the weights before merging, so that checkpoints mean one thing.
+    dict still holds the weights before merging, so that checkpoints mean one thing. Loading a state dict unmerges: what
+    is loaded is such weights and updates.
     """
 
     per_token = True
@@ -65,7 +73,7 @@ class Mergeable(nn.Module):
 
     @property
     def merged(self) -> bool:
-        return bool(self._unmerged)
+        return len(self._unmerged) > 0  # torch.compile puts no guard on bool(...), and would go on with the old branch
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -74,7 +82,7 @@ class Mergeable(nn.Module):
             targets = self._targets()
             self._unmerged = {name: weight.detach().clone() for name, weight, _ in targets.values()}
             for matrix, (_, _, rows) in targets.items():
-                rows += self._delta(matrix).matrix()
+                rows.copy_(rows + self._delta(matrix).matrix())  # rounded once where the weights are half
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -85,9 +93,7 @@ class Mergeable(nn.Module):
         self._unmerged = {}
 
     def _delta(self, matrix: str) -> _Delta:
-        delta = self.deltas[matrix]
-        assert isinstance(delta, _Delta)
-        return delta
+        return cast(_Delta, self.deltas[matrix])
 
     def add_delta(self, matrix: str, inputs: Tensor, outputs: Tensor) -> Tensor:
         """``outputs`` of the weights for ``inputs``, with what the update of a matrix adds, if it has one."""
@@ -147,18 +153,64 @@ class LoRALinear(Mergeable):
         return {"w": ("weight", self.weight, self.weight)}
 
     def plain(self) -> nn.Linear:
-        rows, columns = self.weight.shape
-        base = nn.Linear(columns, rows, bias=self.bias is not None, device="meta")  # where nothing is drawn
-        base.weight, base.bias = self.weight, self.bias
-        return base.train(self.training)
+        return _linear(self.weight, self.bias).train(self.training)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``; ValueError if merged in training mode."""
         return self.add_delta("w", inputs, F.linear(inputs, self.weight, self.bias))
 
     def extra_repr(self) -> str:
-        rows, columns = self.weight.shape
-        sizes = f"in_features={columns}, out_features={rows}, bias={self.bias is not None}"
+        return f"{_sizes(self.weight, self.bias)}, {self._repr_of_updates()}"
+
+
+class LoRAFusedLinear(Mergeable):
+    """A linear layer whose rows are those of queries, keys and values, with low-rank updates beside some of the three.
+
+    Args:
+        base: The layer, as timm's attention has it under ``qkv``; its mode is taken over.
+        matrices: Some of ``q k v``.
+        rank, scale, dropout: Of each update.
+
+    Shape:
+        [..., in_features] to [..., out_features].
+
+    Example:
+        >>> layer = LoRAFusedLinear(nn.Linear(6, 18), ("q", "v"), rank=2, scale=1.0, dropout=0.0)
+        >>> layer(torch.ones(3, 6)).shape
+        torch.Size([3, 18])
+
+    References:
+        Hu et al., LoRA, ICLR 2022.
+    """
+
+    bias_was_separate: bool | None = None  # what the attention that holds it was told before, if anything
+
+    def __init__(self, base: nn.Linear, matrices: Sequence[Matrix], *, rank: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.weight, self.bias, self._unmerged = base.weight, base.bias, {}
+        third = base.weight.chunk(3)[0]
+        self.deltas = nn.ModuleDict(
+            {matrix: _Delta(third, rank=rank, scale=scale, dropout=dropout) for matrix in matrices}
+        )
+        self.train(base.training)
+
+    def _targets(self) -> dict[str, tuple[str, Tensor, Tensor]]:
+        thirds = dict(zip(("q", "k", "v"), self.weight.chunk(3)))
+        return {matrix: ("weight", self.weight, thirds[matrix]) for matrix in self.deltas}
+
+    def plain(self) -> nn.Linear:
+        return _linear(self.weight, self.bias).train(self.training)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``; ValueError if merged in training mode."""
+        fused = F.linear(inputs, self.weight, self.bias)
+        if self.merged and not self.training:
+            return fused
+        thirds = fused.chunk(3, dim=-1)
+        return torch.cat([*map(self.add_delta, ("q", "k", "v"), (inputs,) * 3, thirds)], dim=-1)
+
+    def extra_repr(self) -> str:
+        sizes = f"{_sizes(self.weight, self.bias)}, matrices={''.join(self.deltas)}"
         return f"{sizes}, {self._repr_of_updates()}"
 
 
@@ -289,6 +341,19 @@ class LoRAAttention(Mergeable):
     def extra_repr(self) -> str:
         sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, matrices={''.join(self.deltas)}"
         return f"{sizes}, {self._repr_of_updates()}"
+
+
+def _linear(weight: Any, bias: Any) -> nn.Linear:
+    rows, columns = weight.shape
+    layer = nn.Linear(columns, rows, bias=bias is not None, device="meta")  # where nothing is drawn
+    layer.weight = weight
+    layer.register_parameter("bias", bias)
+    return layer
+
+
+def _sizes(weight: Tensor, bias: Tensor | None) -> str:
+    rows, columns = weight.shape
+    return f"in_features={columns}, out_features={rows}, bias={bias is not None}"
 
 
 def _attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:

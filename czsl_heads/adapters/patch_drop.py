@@ -42,14 +42,25 @@ def drop_patches(encoder: Encoder, rate: float) -> torch.utils.hooks.RemovableHa
         raise ValueError("expected `rate` to be below 1, got 1")
     prefix = encoder.num_prefix
 
-    def drop(block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        tokens: Tensor = arguments[0]
+    def choose(tokens: Tensor) -> Tensor | None:
         patches = tokens.shape[1] - prefix
         kept = max(1, round(patches * (1 - rate)))
-        if not block.training or kept == patches:
+        if kept == patches:
             return None
-        order = torch.rand(len(tokens), patches, device=tokens.device).argsort(dim=1)[:, :kept].sort(dim=1).values
+        return torch.rand(len(tokens), patches, device=tokens.device).argsort(dim=1)[:, :kept].sort(dim=1).values
+
+    # Where every block turns its patches by their places, they have to be told to all of them.
+    keep_patches = getattr(getattr(encoder, "vision", None), "keep_patches", None)
+    if keep_patches is not None:
+        handle: torch.utils.hooks.RemovableHandle = keep_patches(choose)
+        return handle
+
+    def drop(block: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        tokens: Tensor = arguments[0]
+        kept = choose(tokens) if block.training else None
+        if kept is None:
+            return None
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        return (torch.cat([tokens[:, :prefix], tokens[rows, order + prefix]], dim=1), *arguments[1:])
+        return (torch.cat([tokens[:, :prefix], tokens[rows, kept + prefix]], dim=1), *arguments[1:])
 
     return encoder.blocks("vision")[0].register_forward_pre_hook(drop)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,49 @@ def weights_digest(encoder: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(_bits(tensor))
     return digest.hexdigest()
+
+
+def container(encoder: Any) -> str:
+    """The package whose code an encoder runs: ``open_clip``, ``transformers``, ``clip`` (OpenAI's), or another."""
+    model = getattr(encoder, "model", encoder)
+    return type(model).__module__.partition(".")[0]
+
+
+def activations(encoder: Any) -> str:
+    """The kinds of activation in an encoder, as classes: two CLIPs of equal weights may differ in nothing else.
+
+    Example:
+        >>> activations(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.GELU()))
+        'GELU'
+    """
+    kinds = {type(module).__name__ for module in encoder.modules()}
+    return ", ".join(sorted(kind for kind in kinds if "GELU" in kind))
+
+
+def identity(encoder: Any, digest: str) -> dict[str, str]:
+    """What a record says of a CLIP beside its name; ``digest`` is of its weights before anything was trained."""
+    return {
+        "encoder_container": container(encoder),
+        "encoder_activation": activations(encoder),
+        "encoder_digest": digest,
+    }
+
+
+def differs(recorded: Mapping[str, Any], found: Mapping[str, str]) -> str:
+    """How a recorded CLIP and the one found here are told apart, in words; empty if they are the same.
+
+    Folders written before there were records of the container and the activation are known by their digest alone.
+    """
+    known = [name for name in ("encoder_digest", "encoder_activation") if name in recorded]
+    if all(recorded[name] == found[name] for name in known):
+        return ""
+    return f"{_in_words(recorded)} there, {_in_words(found)} here"
+
+
+def _in_words(record: Mapping[str, Any]) -> str:
+    parts = [record.get(name) for name in ("encoder_container", "encoder_activation")]
+    said = ", ".join(part for part in parts if part)
+    return f"{said and f'{said}, '}weights {record['encoder_digest'][:12]}"
 
 
 def _bits(tensor: Tensor) -> memoryview:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
-from czsl_heads._checks import check_choice, check_shapes, check_tensor
-from czsl_heads.encoders.protocol import Tower
-from czsl_heads.encoders.transforms import CLIP_MEAN, CLIP_STD, image_transform
+from czsl_heads.encoders.clip import ClipEncoder, Dense, Tokenizer
+from czsl_heads.encoders.timm_towers import check_image_size, normalised_as_their_mean, timm_tower
+from czsl_heads.encoders.towers import TextTower, VisionTower
+from czsl_heads.encoders.transforms import Preprocess
 
 OPENAI_VOCABULARY = 49408
 
+RESNET = "its attention pooling projects one vector, and not single patches"
+OTHER_TOWER = "it has no patch tokens in the space of the image feature"
+COCA_POOL = "its queries mix all patches, so that no token is one patch's"
+NO_POOL = "it makes no image feature"
+IDS_ONLY = "its text tower takes token ids, and prompts cannot be put in"
 
-class OpenClipEncoder(nn.Module):
-    """An open_clip ``CLIP`` or ``CustomTextCLIP`` whose vision tower is a VisionTransformer pooled by the class token.
 
-    Implements :class:`czsl_heads.encoders.protocol.Encoder`; made by :func:`czsl_heads.wrap`. The model is kept as
-    ``.model`` and shared, not copied.
+class OpenClipEncoder(ClipEncoder):
+    """An open_clip ``CLIP`` or ``CustomTextCLIP``, :class:`czsl_heads.encoders.clip.ClipEncoder` of its container.
 
     Args:
         model: The open_clip model.
@@ -32,249 +36,226 @@ class OpenClipEncoder(nn.Module):
         ValueError: The tower pools in a way that is not supported, or no tokenizer fits the vocabulary.
     """
 
+    def __init__(
+        self, model: nn.Module, *, tokenizer: Tokenizer | None = None, frozen: bool = True, dense: Dense = "none"
+    ) -> None:
+        vision = vision_tower(getattr(model, "visual", None))
+        text = getattr(model, "text", model)  # open_clip's ``CLIP`` keeps the parts of its text tower on itself
+        _check_text(text)
+        tokenizer = tokenizer or _default_tokenizer(text)
+        config = getattr(model.visual, "preprocess_cfg", None) or {}
+        super().__init__(
+            model,
+            vision,
+            OpenClipText(text, tokenizer)
+            if _text_pool(text) in ("argmax", "eos")
+            else PlacePooledText(text, tokenizer),
+            tokenizer=tokenizer,
+            preprocess=Preprocess.of_open_clip(vision.image_size, config),
+            frozen=frozen,
+            dense=dense,
+        )
+
+
+def vision_tower(visual: Any) -> VisionTower:
+    """The tower of an open_clip ``model.visual``; TypeError or ValueError with the reason if it is not supported."""
+    from open_clip.timm_model import TimmModel
+    from open_clip.transformer import VisionTransformer
+
+    if isinstance(visual, TimmModel):
+        return timm_tower(visual)
+    if isinstance(visual, VisionTransformer):
+        _check_vit(visual)
+        return ViT(visual)
+    kind = type(visual).__name__
+    why = RESNET if kind == "ModifiedResNet" else OTHER_TOWER
+    raise TypeError(f"expected a vision tower of kind VisionTransformer or TimmModel, got {kind}: {why}")
+
+
+class ViT(VisionTower):
+    """open_clip's ``VisionTransformer``, pooled by the class token or by the mean of its patches (CLIPA).
+
+    Patches go through the last layer norm and the projection. Pooled by the mean, they do so in one of two orders:
+
+    * The norm before the mean: it is each patch's own.
+    * The norm behind the mean (``final_ln_after_pool``): patches are normalised by mean and deviation of the *pooled*
+      state, for their own would be other numbers than the image feature is made with.
+
+    In both, the mean of the patch tokens is the image feature, token 0.
+
+    References:
+        Li, Wang and Xie, CLIPA: an inverse scaling law for CLIP training, NeurIPS 2023.
+    """
+
     num_prefix = 1
 
-    def __init__(
-        self, model: nn.Module, *, tokenizer: Callable[[list[str]], Tensor] | None = None, frozen: bool = True
-    ) -> None:
-        super().__init__()
-        _check_vision(model)
-        text = getattr(model, "text", model)
-        _check_text(text)
-        self.model: Any = model
-        self.tokenizer = tokenizer or _default_tokenizer(text)
-        self.training = model.training  # of this module alone: the parts of the model may be in modes of their own
-        if frozen:
-            self.requires_grad_(False)
-
-    @property
-    def _visual(self) -> Any:
-        return self.model.visual
-
-    @property
-    def _text(self) -> Any:
-        """The module that holds the text tower: open_clip's ``CLIP`` keeps its parts on itself."""
-        return getattr(self.model, "text", self.model)
-
-    @property
-    def _text_pool(self) -> str:
-        return _text_pool(self._text)
+    def __init__(self, visual: Any) -> None:
+        self.visual = visual
 
     @property
     def dim(self) -> int:
-        return int(self._visual.proj.shape[1])
+        return int(self.visual.proj.shape[1])
 
     @property
-    def text_dim(self) -> int:
-        return int(self._text.token_embedding.embedding_dim)
-
-    @property
-    def context_length(self) -> int:
-        """Positions that the text tower has."""
-        return int(self._text.context_length)
+    def image_size(self) -> tuple[int, int]:
+        height, width = self.visual.image_size
+        return int(height), int(width)
 
     @property
     def grid(self) -> tuple[int, int]:
-        rows, columns = self._visual.grid_size
+        rows, columns = self.visual.grid_size
         return int(rows), int(columns)
 
     @property
-    def image_size(self) -> int | tuple[int, int]:
-        height, width = (int(side) for side in self._visual.image_size)
-        return height if height == width else (height, width)
+    def blocks(self) -> nn.ModuleList:
+        blocks: nn.ModuleList = self.visual.transformer.resblocks
+        return blocks
 
     @property
-    def causal_text(self) -> bool:
-        return self._text.attn_mask is not None and self._text_pool in ("argmax", "eos")
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.visual.conv1.weight.dtype
+        return dtype
+
+    def resize(self, image_size: tuple[int, int]) -> None:
+        """By bicubic interpolation of the positions, as open_clip does when it loads weights of another size."""
+        from timm.layers.pos_embed import resample_abs_pos_embed
+
+        visual = self.visual
+        size = check_image_size(image_size, visual.patch_size)
+        grid = (size[0] // visual.patch_size[0], size[1] // visual.patch_size[1])
+        positions = visual.positional_embedding  # of the class token, then of the patches
+        resampled = resample_abs_pos_embed(positions.detach()[None], new_size=grid, old_size=self.grid)[0]
+        visual.positional_embedding = nn.Parameter(resampled, requires_grad=positions.requires_grad)
+        visual.image_size, visual.grid_size = size, grid
+
+    def enter(self, images: Tensor) -> Tensor:
+        hidden: Tensor = self.visual._embeds(images)
+        return hidden
+
+    def step(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        if self.visual.transformer.batch_first:
+            return super().step(block, hidden)
+        return super().step(block, hidden.transpose(0, 1)).transpose(0, 1)
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        norm, projection = self.visual.ln_post, self.visual.proj
+        if self.visual.pool_type == "tok":
+            tokens: Tensor = norm(hidden) @ projection
+            return tokens
+
+        pooled, patches = self.visual._pool(hidden)
+        if self.visual.final_ln_after_pool:
+            patches = normalised_as_their_mean(patches, norm)
+        out: Tensor = torch.cat([pooled[:, None], patches], dim=1) @ projection
+        return out
+
+    def pool(self, images: Tensor) -> Tensor:
+        features: Any = self.visual(images)
+        feature: Tensor = features[0] if isinstance(features, tuple) else features
+        return feature
+
+    def run(self, images: Tensor, *, checkpoint: bool = False, last: Callable[..., Tensor] | None = None) -> Tensor:
+        """As the base class; open_clip's own ``set_grad_checkpointing`` is heeded besides."""
+        own = bool(self.visual.transformer.grad_checkpointing) and torch.is_grad_enabled()
+        return super().run(images, checkpoint=checkpoint or own, last=last)
+
+
+class OpenClipText(TextTower):
+    """The text tower of open_clip's ``CLIP``, or its ``TextTransformer``, pooled where the text ends.
+
+    Args:
+        text: The module.
+        tokenizer: What it is used with; it is asked how texts start and end.
+    """
+
+    def __init__(self, text: Any, tokenizer: Tokenizer) -> None:
+        self.tower, self.tokenizer = text, tokenizer
+
+    @cached_property
+    def start(self) -> int:  # type: ignore[override]
+        empty, word = self.tokenizer(["", "a"])
+        common = int(empty.ne(word).int().argmax())  # what stands in front of any word
+        return common if common <= 1 else 0  # more is padding, of a tokenizer that pads in front
+
+    @cached_property
+    def end_id(self) -> int:
+        """What stands behind the last word: in an empty text, behind what every text starts with."""
+        return int(self.tokenizer([""])[0, self.start])
 
     @property
-    def logit_scale(self) -> Tensor:
-        scale: Tensor = self.model.logit_scale.exp().reshape(())
-        return scale
+    def text_dim(self) -> int:
+        return int(self.tower.token_embedding.embedding_dim)
 
-    def encode_tokens(self, images: Tensor, *, checkpoint: bool = False) -> Tensor:
-        """Images to all output tokens of the vision tower, each through ``ln_post`` and the projection.
+    @property
+    def context_length(self) -> int:
+        return int(self.tower.context_length)
 
-        Args:
-            images: ``[batch, 3, height, width]`` of :attr:`image_size`, normalised by :meth:`transform`.
-            checkpoint: Keep no activations of this call but what enters each block, and run the blocks again in the
-                backward pass, with the same dropout; nothing is set on the model. open_clip's own
-                ``set_grad_checkpointing`` is heeded besides.
+    @property
+    def causal(self) -> bool:
+        return self.tower.attn_mask is not None
 
-        Returns:
-            ``[batch, 1 + patches, dim]``, [CLS] first, patches row by row; not normalised. Token 0 is the model's own
-            image feature.
+    @property
+    def checkpoints(self) -> bool:
+        """True after open_clip's ``set_grad_checkpointing``."""
+        return bool(getattr(self.tower.transformer, "grad_checkpointing", False))
 
-        Raises:
-            TypeError, ValueError: ``images`` is no float tensor, or of another shape.
-        """
-        self._check_images(images)
-        if len(images) == 0:
-            return self.encode_tokens(_one_blank(images), checkpoint=checkpoint)[:0]
-        hidden = self._visual._embeds(images)
-        if checkpoint and torch.is_grad_enabled():
-            for block in self.blocks("vision"):
-                hidden = run_again_in_backward(block, hidden, use_reentrant=False)
-        else:
-            hidden = self._visual.transformer(hidden)
-        tokens: Tensor = self._visual.ln_post(hidden) @ self._visual.proj
-        return tokens
+    @property
+    def blocks(self) -> nn.ModuleList:
+        blocks: nn.ModuleList = self.tower.transformer.resblocks
+        return blocks
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Images ``[batch, 3, height, width]`` to the model's own features ``[batch, dim]``; not normalised.
+    def embed(self, tokens: Tensor) -> Tensor:
+        embeddings: Tensor = self.tower.token_embedding(tokens)
+        return embeddings
 
-        Arguments and errors as in :meth:`encode_tokens`.
-        """
-        self._check_images(images)
-        if len(images) == 0:
-            return self.encode_images(_one_blank(images))[:0]
-        features: Tensor = self.model.encode_image(images)
-        return features
-
-    def _check_images(self, images: Tensor) -> None:
-        height, width = self._visual.image_size
-        check_tensor("images", images)
-        check_shapes(images=(images, f"batch 3 {height} {width}"))
-
-    def encode_texts(self, texts: list[str]) -> Tensor:
-        """Strings to text features ``[texts, dim]``; not normalised. Runs only as many positions as are needed."""
-        return self.encode_embeddings(*self.embed_texts(texts))
-
-    def embed_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Strings to token embeddings and the position that is pooled.
-
-        Args:
-            texts: Strings; at least one.
-
-        Returns:
-            Embeddings ``[n, length, text_dim]`` without positions, and the pooled position (of [EOS]) ``[n]``. Where
-            :attr:`causal_text` holds, ``length`` is the longest text's; elsewhere the full context.
-
-        Raises:
-            TypeError: ``texts`` is no list of strings.
-            ValueError: ``texts`` is empty, or one does not fit the context.
-        """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise TypeError(f"expected `texts` to be a list of strings, got {texts!r}")
-        if not texts:
-            raise ValueError("expected `texts` to hold at least one string, got none")
-        self._check_length(texts)
-        embedding = self._text.token_embedding
-        tokens = self.tokenizer(list(texts)).to(embedding.weight.device)
-        eos = self._pooled_position(tokens)
-        if self.causal_text:
-            tokens = tokens[:, : int(eos.max()) + 1]
-        return embedding(tokens), eos
-
-    def _check_length(self, texts: list[str]) -> None:
-        """open_clip truncates in silence; a prompt that lost its object would be scored all the same."""
-        encode = getattr(self.tokenizer, "encode", None)
-        if encode is None:
-            return
-        for text in texts:
-            length = len(encode(text)) + 2
-            if length > self.context_length:
-                raise ValueError(
-                    f"expected `texts` of at most {self.context_length} tokens, got {length} tokens in {text!r}"
-                )
-
-    def _pooled_position(self, tokens: Tensor) -> Tensor:
-        pool = self._text_pool
-        if pool == "argmax":
+    def pooled_position(self, tokens: Tensor) -> Tensor:
+        if _text_pool(self.tower) == "argmax":
             return tokens.argmax(dim=-1)
-        if pool == "eos":
-            eos_id: Any = getattr(self._text, "eos_id", getattr(self._text, "text_eos_id", None))
-            return tokens.eq(eos_id).int().argmax(dim=-1)
-        return tokens.new_full((len(tokens),), 0 if pool == "first" else tokens.shape[1] - 1)
+        eos_id: Any = getattr(self.tower, "eos_id", getattr(self.tower, "text_eos_id", None))
+        return tokens.eq(eos_id).int().argmax(dim=-1)
 
-    def encode_embeddings(self, embeddings: Tensor, eos: Tensor) -> Tensor:
-        """Token embeddings to text features.
-
-        Args:
-            embeddings: ``[n, length, text_dim]``, [SOS] first, without positional embeddings. Where the tower is not
-                causal, ``length`` must be the full context.
-            eos: Position to pool in each row, ``[n]``, long.
-
-        Returns:
-            ``[n, dim]``; not normalised.
-
-        Raises:
-            TypeError, ValueError: A shape or dtype does not fit, or the rows are longer than the context.
-        """
-        check_tensor("embeddings", embeddings)
-        check_tensor("eos", eos, dtypes=(torch.long,))
-        sizes = check_shapes(embeddings=(embeddings, f"texts length {self.text_dim}"), eos=(eos, "texts"))
-        length = sizes["length"]
-        if length > self.context_length or (length < self.context_length and not self.causal_text):
-            most = "at most" if self.causal_text else "exactly"
-            raise ValueError(f"expected `embeddings` of {most} {self.context_length} positions, got {length}")
-        mask = self._text.attn_mask
-        mask = None if mask is None else mask[:length, :length]
-        hidden = self._text.transformer(self.enter_text_blocks(embeddings), attn_mask=mask)
-        return self.leave_text_blocks(hidden[torch.arange(len(hidden), device=hidden.device), eos])
-
-    def enter_text_blocks(self, embeddings: Tensor, start: int = 0) -> Tensor:
-        """Token embeddings ``[n, length, text_dim]`` to what the first text block takes at ``start`` and on."""
-        dtype = self._text.transformer.get_cast_dtype()
-        stop = start + embeddings.shape[1]
-        if stop > len(self._text.positional_embedding):
-            length = len(self._text.positional_embedding)
-            raise ValueError(f"expected prompts of at most {length} tokens, [SOS] and [EOS] included, got {stop}")
-        positions = self._text.positional_embedding[start:stop]
+    def enter(self, embeddings: Tensor, start: int = 0) -> Tensor:
+        dtype = self.tower.transformer.get_cast_dtype()
+        positions = self.tower.positional_embedding[start : start + embeddings.shape[1]]
         hidden: Tensor = embeddings.to(dtype) + positions.to(dtype)
         return hidden
 
-    def leave_text_blocks(self, hidden: Tensor) -> Tensor:
-        """What the last text block gives where it is pooled, ``[n, text_dim]``, to ``[n, dim]``; not normalised."""
-        projection = self._text.text_projection
-        pooled: Tensor = self._text.ln_final(hidden)
+    def run(self, hidden: Tensor) -> Tensor:
+        length, mask = hidden.shape[1], self.tower.attn_mask
+        mask = None if mask is None else mask[:length, :length]
+        out: Tensor = self.tower.transformer(hidden, attn_mask=mask)
+        return out
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        projection = self.tower.text_projection
+        pooled: Tensor = self.tower.ln_final(hidden)
         if projection is None:
             return pooled
         features: Tensor = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
         return features
 
-    @property
-    def checkpoints_text(self) -> bool:
-        """True after open_clip's ``set_grad_checkpointing``: text blocks keep no activations."""
-        return bool(getattr(self._text.transformer, "grad_checkpointing", False))
 
-    def blocks(self, tower: Tower) -> nn.ModuleList:
-        """The residual blocks of the ``"vision"`` or ``"text"`` tower, first to last; items may be replaced."""
-        check_choice("tower", tower, ("vision", "text"))
-        blocks: nn.ModuleList = (self._visual if tower == "vision" else self._text).transformer.resblocks
-        return blocks
+class PlacePooledText(OpenClipText):
+    """One that pools its first or its last position, wherever the text ends (SigLIP, CLIPA)."""
 
-    def transform(self, train: bool = False) -> Callable[[Any], Tensor]:
-        """RGB PIL image to input tensor, with the mean and deviation of this model's pretraining."""
-        config = getattr(self._visual, "preprocess_cfg", None) or {}
-        mean, std = config.get("mean", CLIP_MEAN), config.get("std", CLIP_STD)
-        return image_transform(self.image_size, train=train, mean=mean, std=std)
+    causal = False
 
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}, text_dim={self.text_dim}, grid={self.grid}, image_size={self.image_size}"
+    def pooled_position(self, tokens: Tensor) -> Tensor:
+        """Where the text ends: at the first [EOS], or where the padding begins. What is pooled reads it."""
+        ends = tokens.eq(self.end_id)
+        ends[:, : self.start] = False
+        return ends.int().argmax(dim=-1)
+
+    def encode(self, embeddings: Tensor, eos: Tensor) -> Tensor:
+        place = 0 if _text_pool(self.tower) == "first" else -1
+        return self.leave(self.run(self.enter(embeddings))[:, place])
 
 
-def _check_vision(model: nn.Module) -> None:
-    from open_clip.transformer import VisionTransformer
-
-    visual = getattr(model, "visual", None)
-    if not isinstance(visual, VisionTransformer):
-        kind = type(visual).__name__
-        why = {
-            "TimmModel": "a timm tower pools and projects in ways that differ from model to model",
-            "ModifiedResNet": "a ResNet has no class token, and its attention pooling projects one vector only",
-        }.get(kind, "it has no class token and patch tokens in one projected space")
-        raise TypeError(f"expected a vision tower of kind VisionTransformer, got {kind}: {why}")
+def _check_vit(visual: Any) -> None:
     if visual.attn_pool is not None:
-        raise ValueError(
-            "expected a vision tower pooled by the class token, got attention pooling: "
-            "its patch tokens are not in the space of the image feature"
-        )
-    if visual.pool_type != "tok":
-        raise ValueError(
-            f"expected a vision tower pooled by the class token, got pool_type={visual.pool_type!r}: "
-            "its token 0 is not the image feature"
-        )
+        raise ValueError(f"expected a vision tower pooled by class token or mean, got attention pooling: {COCA_POOL}")
+    if visual.pool_type == "none":
+        raise ValueError(f"expected a vision tower pooled by class token or mean, got pool_type='none': {NO_POOL}")
     if visual.proj is None:
         raise ValueError("expected a vision tower with a projection, got none: its tokens are not in the joint space")
 
@@ -285,7 +266,7 @@ def _check_text(text: nn.Module) -> None:
     if missing:
         raise TypeError(
             f"expected an open_clip text tower with token embeddings, got {type(text).__name__} without "
-            f"{', '.join(missing)}: prompts cannot be put in"
+            f"{', '.join(missing)}: {IDS_ONLY}"
         )
     if getattr(text, "cls_emb", None) is not None:
         raise ValueError("expected a text tower pooled at a token, got one that appends a class embedding (CoCa)")
@@ -300,7 +281,7 @@ def _text_pool(text: nn.Module) -> str:
     return str(pool)
 
 
-def _default_tokenizer(text: Any) -> Callable[[list[str]], Tensor]:
+def _default_tokenizer(text: Any) -> Tokenizer:
     from open_clip import SimpleTokenizer
 
     if text.vocab_size != OPENAI_VOCABULARY:
@@ -308,10 +289,5 @@ def _default_tokenizer(text: Any) -> Callable[[list[str]], Tensor]:
             f"expected `tokenizer` for a vocabulary of {text.vocab_size} (OpenAI's has {OPENAI_VOCABULARY}), got None; "
             "pass open_clip.get_tokenizer(name), or wrap the model by its name"
         )
-    tokenizer: Callable[[list[str]], Tensor] = SimpleTokenizer(context_length=text.context_length)
+    tokenizer: Tokenizer = SimpleTokenizer(context_length=text.context_length)
     return tokenizer
-
-
-def _one_blank(images: Tensor) -> Tensor:
-    """One image in place of none, which open_clip cannot reshape."""
-    return images.new_zeros(1, *images.shape[1:])

@@ -17,7 +17,8 @@ class Encoder(Protocol):
     Attributes:
         dim: Size of the joint space.
         text_dim: Width of the token embeddings that the text tower takes.
-        num_prefix: Tokens before the patches ([CLS] and registers).
+        num_prefix: Tokens before the patches inside the blocks of the vision tower: class token and registers, if there
+            are any. What :meth:`encode_tokens` returns has one token before the patches in any case.
         grid: Rows and columns of patches.
         image_size: Side of the square input in pixels, or (height, width).
         causal_text: True if a text's feature depends on the positions up to its [EOS] only.
@@ -40,9 +41,10 @@ class Encoder(Protocol):
     def logit_scale(self) -> Tensor: ...
 
     def encode_tokens(self, images: Tensor, *, checkpoint: bool = False) -> Tensor:
-        """``[batch, 3, height, width]`` to ``[batch, num_prefix + patches, dim]``; projected, not normalised.
+        """``[batch, 3, height, width]`` to ``[batch, 1 + patches, dim]``; projected, not normalised.
 
-        With ``checkpoint`` the blocks keep no activations but are run again in the backward pass.
+        Token 0 is the model's own image feature, also where a tower has no class token. With ``checkpoint`` the blocks
+        keep no activations but are run again in the backward pass.
         """
         ...
 

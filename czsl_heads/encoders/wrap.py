@@ -2,47 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from czsl_heads._checks import check_integer
+from czsl_heads.encoders import names
+from czsl_heads.encoders.clip import ClipEncoder, Dense
 from czsl_heads.encoders.open_clip import OpenClipEncoder
 from czsl_heads.encoders.protocol import check_encoder
-from czsl_heads.encoders.tiny import load_tiny
-
-ENCODERS = "czsl_heads.encoders"  # the group of entry points by which other packages bring encoders
 
 
 def wrap(
-    model_or_name: nn.Module | str,
+    model_or_name: nn.Module | Mapping[str, Any] | str,
     *,
-    frozen: bool = True,
-    tokenizer: Callable[[list[str]], Tensor] | None = None,
+    frozen: bool | None = None,
+    dense: Dense = "none",
+    tokenizer: Any = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Any:
     """Put any supported CLIP behind the :class:`~czsl_heads.encoders.protocol.Encoder` protocol.
 
+    Names are:
+
+    * ``"tiny"``, the embedded CLIP, or ``"tiny:DIR"``, of a run of :mod:`czsl_heads.training.pretrain_tiny`;
+    * ``"ARCHITECTURE:TAG"`` of open_clip, such as ``"ViT-L-14:openai"``;
+    * ``"ARCHITECTURE:PATH"``, a file of weights, such as ``"ViT-L-14-quickgelu:finetuned.pt"``;
+    * ``"PATH"``, a file in OpenAI's own layout, such as ``"~/.cache/clip/ViT-L-14.pt"``;
+    * ``"ARCHITECTURE"``, always the same random weights;
+    * ``"hf-hub:OWNER/NAME"`` or ``"local-dir:DIR"``, open_clip's own folders, on the hub or here;
+    * ``"hf:OWNER/NAME"`` or ``"hf:DIR"``, a model of transformers, on the hub or here;
+    * ``"NAME"`` or ``"NAME:TAG"`` of an encoder of another package.
+
+    :func:`czsl_heads.encoders.names.load` says what activation and what preparation of images each has.
+
     Args:
-        model_or_name: An open_clip model, or a module that is an Encoder already; ``"tiny"`` (the embedded one) or
-            ``"tiny:DIR"`` (of a pretraining run of :mod:`czsl_heads.training.pretrain_tiny`); open_clip's
-            ``"ARCHITECTURE"`` (always the same random weights) or ``"ARCHITECTURE:TAG"``, such as ``"ViT-L-14:openai"``
-            (TAG may be the path of a checkpoint); or ``"NAME"`` or ``"NAME:TAG"`` of an encoder of another package.
-        frozen: Switch off the gradients of all parameters; ``False`` leaves their flags as they are.
-        tokenizer: Strings to token ids, for a model object whose vocabulary is not OpenAI's.
+        model_or_name: A name; or a model: an open_clip ``CLIP`` or ``CustomTextCLIP``, a CLIP, SigLIP or TIPS of
+            transformers, a CLIP of OpenAI's package, or a state dict in OpenAI's layout; or an Encoder.
+        frozen: Switch off the gradients of all parameters; ``False`` leaves their flags as they are. Default: ``True``
+            for names and models. What is an Encoder already is left as it is, or what adapters train in it would stop.
+        dense: What the last block does to the patch tokens, see :mod:`czsl_heads.encoders.dense`.
+        tokenizer: Strings to token ids, or a tokenizer of transformers, where the right one is not found by itself.
+        image_size: Another side of the input in pixels, or (height, width). Positions are interpolated, in the model
+            itself.
 
     Returns:
         The encoder, in the mode (train or eval) of the model; models made by name are in eval mode. What is an encoder
         already, a compiled one too, is returned itself.
 
     A package brings an encoder by an entry point of the group ``czsl_heads.encoders``: a function from the TAG (``""``
-    without one) to what this function takes, an Encoder or an open_clip model.
+    without one) to what this function takes, an Encoder or a model.
 
     Raises:
-        TypeError: No open_clip model, Encoder or name, or a tower of a kind that is not supported.
-        ValueError: An unknown name or tag, or a tower that pools otherwise than by the class token.
+        TypeError: Neither name nor model nor Encoder, or a tower of a kind that is not supported.
+        ValueError: An unknown name or tag, or weights that cannot be had; a tower that pools in a way that is not
+            supported; an option for an Encoder, which has its own, or an ``image_size`` that the tower cannot take.
+        ModuleNotFoundError: A package is missing; the message has the extra that brings it.
 
     Example:
         >>> import torch
@@ -50,36 +68,69 @@ def wrap(
         >>> encoder.encode_tokens(torch.zeros(2, 3, 48, 48)).shape, encoder.encode_texts(["a red circle"]).shape
         (torch.Size([2, 37, 96]), torch.Size([1, 96]))
     """
+    size = None if image_size is None else _size(image_size)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "frozen": frozen is not False, "dense": dense}
     if isinstance(model_or_name, str):
-        name, _, tag = model_or_name.partition(":")
-        if entry := _brought(name):
-            return wrap(entry.load()(tag).eval(), frozen=frozen, tokenizer=tokenizer)
-        model, named_tokenizer = _from_name(model_or_name)
-        return OpenClipEncoder(model, tokenizer=tokenizer or named_tokenizer, frozen=frozen)
-    if not isinstance(model_or_name, nn.Module):
-        raise TypeError(f"expected `model_or_name` to be a CLIP model or a name, got {type(model_or_name).__name__}")
-    if _is_encoder(model_or_name):
-        return _as_it_is(model_or_name, frozen, tokenizer)
-    import open_clip
-
-    if not isinstance(model_or_name, (open_clip.CLIP, open_clip.CustomTextCLIP)):
-        raise TypeError(
-            f"expected `model_or_name` to be an open_clip CLIP or CustomTextCLIP, got {type(model_or_name).__name__}"
-        )
-    return OpenClipEncoder(model_or_name, tokenizer=tokenizer, frozen=frozen)
+        head, _, tag = model_or_name.partition(":")
+        if entry := names.brought(head):
+            return wrap(entry.load()(tag).eval(), image_size=size, **options)
+        return _resized(names.load(model_or_name, **options), size)
+    if isinstance(model_or_name, nn.Module) and _is_encoder(model_or_name):
+        return _as_it_is(model_or_name, frozen, dense=dense, tokenizer=tokenizer, image_size=image_size)
+    return _resized(_wrapped(model_or_name, options), size)
 
 
-def _brought(name: str) -> EntryPoint | None:
-    """The entry point by which another package brings an encoder of that name; None if none does."""
-    found = {entry.value: entry for entry in entry_points(group=ENCODERS) if entry.name == name}
-    if not found:
-        return None
-    import open_clip
+def _wrapped(model: Any, options: dict[str, Any]) -> ClipEncoder:
+    """The encoder of a container's model."""
+    from open_clip import CLIP, CoCa, CustomTextCLIP
 
-    own = ["this package"] if name == "tiny" or name in open_clip.list_models() else []
-    if len(found) + len(own) > 1:
-        raise ValueError(f"expected one package that brings the encoder {name}, got {' and '.join([*own, *found])}")
-    return next(iter(found.values()))
+    from czsl_heads.encoders import openai
+
+    if isinstance(model, (CLIP, CustomTextCLIP)):
+        return OpenClipEncoder(model, **options)
+    if isinstance(model, Mapping):
+        return OpenClipEncoder(_of_state(model), **options)
+    if openai.is_openai_model(model):
+        return OpenClipEncoder(openai.clip_of_openai_model(model), **options)
+    if "transformers" in sys.modules:  # else nothing is of it
+        from czsl_heads.encoders import hugging_face
+
+        if hugging_face.supports(model):
+            return hugging_face.HuggingFaceEncoder(model, **options)
+    why = ": its images are pooled by queries that mix all patches" if isinstance(model, CoCa) else ""
+    raise TypeError(
+        "expected `model_or_name` to be a name, an Encoder, a CLIP of open_clip (CLIP, CustomTextCLIP), transformers "
+        f"or OpenAI's package, or a state dict in OpenAI's layout, got {type(model).__name__}{why}"
+    )
+
+
+def _of_state(state: Mapping[str, Any]) -> nn.Module:
+    from czsl_heads.encoders import openai
+
+    if openai.is_openai_state(state):
+        model: nn.Module = openai.clip_of_openai_state(state)
+        return model
+    raise ValueError(
+        f"expected a state dict of OpenAI's archives, with {', '.join(openai.NUMBERS)}, got one without, which does "
+        'not say its activation: save it, and name its architecture, as "ViT-L-14:PATH" (GELU) or '
+        '"ViT-L-14-quickgelu:PATH" (QuickGELU)'
+    )
+
+
+def _size(image_size: Any) -> tuple[int, int]:
+    sides = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(sides) != 2:
+        raise ValueError(f"expected `image_size` to be a side or (height, width), got {image_size!r}")
+    for side in sides:
+        check_integer("image_size", side, 1)
+    return sides
+
+
+def _resized(encoder: ClipEncoder, size: tuple[int, int] | None) -> ClipEncoder:
+    if size is not None and size != encoder.vision.image_size:
+        encoder.vision.resize(size)
+        encoder.preprocess = replace(encoder.preprocess, size=size)
+    return encoder
 
 
 def _is_encoder(model: nn.Module) -> bool:
@@ -91,34 +142,9 @@ def _is_encoder(model: nn.Module) -> bool:
     return True
 
 
-def _as_it_is(encoder: Any, frozen: bool, tokenizer: object) -> Any:
+def _as_it_is(encoder: Any, frozen: bool | None, **options: Any) -> Any:
     """An Encoder is wrapped already."""
-    if tokenizer is not None:
-        raise ValueError("expected no `tokenizer` with an Encoder, which has its own, got one")
+    for name, value in options.items():
+        if value not in (None, "none"):
+            raise ValueError(f"expected no `{name}` with an Encoder, which has its own, got one")
     return encoder.requires_grad_(False) if frozen else encoder
-
-
-def _from_name(name: str) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
-    if name == "tiny" or name.startswith("tiny:"):
-        return load_tiny(name.partition(":")[2] or None)
-    import open_clip
-
-    architecture, _, tag = name.partition(":")
-    if architecture not in open_clip.list_models():
-        raise ValueError(
-            f'expected `model_or_name` to be "tiny" or "ARCHITECTURE[:TAG]" with one of open_clip.list_models(), '
-            f"got {name!r}"
-        )
-    if tag and not open_clip.get_pretrained_cfg(architecture, tag) and not Path(tag).is_file():
-        known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
-        raise ValueError(
-            f"expected `model_or_name` with a tag of {architecture} (one of {known}) or the path of a checkpoint, "
-            f"got {name!r}"
-        )
-    if tag:
-        model = open_clip.create_model(architecture, pretrained=tag)
-    else:
-        with torch.random.fork_rng(devices=[]):  # the same random weights each time, or no saved model would fit
-            torch.manual_seed(0)
-            model = open_clip.create_model(architecture, pretrained=None)
-    return model.eval(), open_clip.get_tokenizer(architecture)

@@ -11,6 +11,7 @@ from czsl_heads._checks import check_choice, check_integer, check_kind, check_po
 from czsl_heads.adapters.lora import add_lora
 from czsl_heads.adapters.lora_layers import Matrix
 from czsl_heads.adapters.patch_drop import drop_patches
+from czsl_heads.encoders.dense import Dense
 from czsl_heads.encoders.digest import weights_digest
 from czsl_heads.encoders.protocol import Encoder
 from czsl_heads.encoders.wrap import wrap
@@ -124,6 +125,7 @@ class Recipe:
         condenser: The condenser behind the method; None: none.
         bank: The memory bank that may stand behind the condenser.
         alpha, beta, gamma, direction, joint: Of :class:`~czsl_heads.models.condensed.Condensed`.
+        dense: What the last block does to the patch tokens, as :func:`czsl_heads.wrap` takes it.
     """
 
     method: str
@@ -141,9 +143,11 @@ class Recipe:
     gamma: float = 0.5
     direction: Direction = "reverse"
     joint: bool = False
+    dense: Dense = "none"
 
     def __post_init__(self) -> None:
         check_choice("align", self.align, get_args(Reduce))
+        check_choice("dense", self.dense, get_args(Dense))
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, as plain values."""
@@ -162,14 +166,17 @@ def build(recipe: Recipe, space: CompositionSpace, *, encoder: Any = None) -> Me
         The method, or :class:`~czsl_heads.models.condensed.Condensed` around it; it knows its recipe, and can be saved.
 
     Raises:
-        TypeError, ValueError: A name is unknown, or an option is wrong.
+        TypeError, ValueError: A name is unknown, or an option is wrong; ``encoder`` has another ``dense``.
 
     Example:
         >>> space = CompositionSpace(["red"], ["circle"], seen=[("red", "circle")])
         >>> type(build(Recipe("sac", condenser=CondenserOptions()), space)).__name__
         'Condensed'
     """
-    encoder = wrap(recipe.encoder) if encoder is None else encoder
+    encoder = wrap(recipe.encoder, dense=recipe.dense) if encoder is None else encoder
+    dense = getattr(encoder, "dense", "none")
+    if dense != recipe.dense:
+        raise ValueError(f"expected `encoder` with dense={recipe.dense!r}, as the recipe says, got {dense!r}")
     digest, given = weights_digest(encoder), {id(tensor) for tensor in encoder.state_dict(keep_vars=True).values()}
     put_in(encoder, recipe)
     method = _method(recipe, encoder, space)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from czsl_heads._checks import check_choice
 from czsl_heads._files import read_json, whole_file, write_json, write_text
+from czsl_heads.encoders.digest import differs, identity
 from czsl_heads.models.card import NUMBERS, model_card
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
@@ -75,7 +76,7 @@ def save_model(model: Method, folder: Path) -> None:
     content = {
         "czsl_heads": version("czsl-heads"),
         "recipe": model.recipe.as_dict(),
-        "encoder_digest": model.encoder_digest,
+        **identity(model.encoder, model.encoder_digest),
         "label_space": space_as_dict(model.space),
         "record": model.record,
     }
@@ -133,9 +134,12 @@ def load_model(folder: Path) -> Method:
 def check_encoder(model: Method, folder: Path) -> None:
     """Raise ValueError unless a model has the CLIP, to the bit, that the model of a folder was trained on."""
     content = read_json(folder / CONFIG)
-    if model.encoder_digest != content["encoder_digest"]:
+    found = identity(model.encoder, model.encoder_digest)
+    if told := differs(content, found):
         name = content["recipe"]["encoder"]
-        raise ValueError(f"expected the encoder {name!r} that {folder} was trained on, got one of other weights")
+        raise ValueError(
+            f"expected the encoder {name!r} that {folder} was trained on, got one of other weights or kind ({told})"
+        )
 
 
 def load_learned(model: Method, path: Path) -> None:

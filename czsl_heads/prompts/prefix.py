@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import einsum
 from torch import Tensor, nn
 
-from czsl_heads.encoders.blocks import AdaptedAttention, AdaptedLayer, has_hooks, is_plain_attention
+from czsl_heads.encoders.blocks import BlockParts, Heads, cannot_run_in_parts, has_hooks, mixing_layer
 from czsl_heads.encoders.protocol import Encoder, OpenTextTower
 from czsl_heads.functional.precision import score_dtype
 
@@ -30,14 +30,6 @@ class _Read(NamedTuple):
 
     def at(self, index: Tensor) -> _Read:
         return _Read(self.key.index_select(0, index), self.value.index_select(0, index))
-
-
-class _Parts(NamedTuple):
-    """What attention projects of a branch, each ``[n, length, heads, dim]``."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
 
 
 class Root(NamedTuple):
@@ -88,17 +80,17 @@ def prefix_encoding(encoder: Any, root: Root, tables: tuple[Tensor, ...], end: T
     # What attention projects in the first block depends on a word alone, and not on the stem before it.
     word_inputs = encoder.enter_text_blocks(words[:, None], start)
     end_inputs = encoder.enter_text_blocks(end[None], start + 1)
-    word_parts, end_parts = (_project(blocks[0], inputs) for inputs in (word_inputs, end_inputs))
+    word_heads, end_heads = (_project(blocks[0], inputs) for inputs in (word_inputs, end_inputs))
 
     def encode(prompts: Tensor) -> Tensor:
         *stem, word = prompts.unbind(dim=1)
         hidden = _leaves(word_inputs, end_inputs, word)
-        parts = _Parts(*(_leaves(*pair, word) for pair in zip(word_parts, end_parts)))
+        heads = Heads(*(_leaves(*pair, word) for pair in zip(word_heads, end_heads)))
         for layer, (block, (first, *reads)) in enumerate(zip(blocks, past), start=1):
             if layer > 1:
-                parts = _project(block, hidden)
+                heads = _project(block, hidden)
             before = [first, *(read.at(rows) for read, rows in zip(reads, stem))]
-            hidden = _step(block, hidden, parts, before, positions=1 if layer == len(past) else 2)
+            hidden = _step(block, hidden, heads, before, positions=1 if layer == len(past) else 2)
         features: Tensor = encoder.leave_text_blocks(hidden[:, -1])
         return features
 
@@ -121,16 +113,11 @@ def obstacle(encoder: Encoder) -> str | None:
 
 
 def _block_obstacle(block: Any) -> str | None:
-    from open_clip.transformer import ResidualAttentionBlock
-
-    if type(block) is not ResidualAttentionBlock:
-        return f"text blocks of kind {type(block).__name__}"
-    if not (is_plain_attention(block.attn) or isinstance(block.attn, AdaptedAttention)):
-        return f"text blocks with an attention of another layout ({type(block.attn).__name__})"
-    for layer in (block.attn, *block.mlp.modules()):
-        if isinstance(layer, AdaptedLayer) and not layer.per_token:
-            return f"text blocks with an adapter that reads several tokens at once ({type(layer).__name__})"
-    if has_hooks(block) or has_hooks(block.attn):
+    if reason := cannot_run_in_parts(block):
+        return f"text {reason}"
+    if layer := mixing_layer(block):
+        return f"text blocks with a layer that may read several tokens at once ({type(layer).__name__})"
+    if has_hooks(block) or has_hooks(BlockParts(block).attention):
         return "hooks on a text block or its attention, which would not run"
     return None
 
@@ -139,39 +126,33 @@ def _branch(blocks: nn.ModuleList, hidden: Tensor, past: list[list[_Read]]) -> l
     """Run branches ``[n, length, text_dim]`` and return what others may read of them in each block."""
     reads = []
     for layer, (block, before) in enumerate(zip(blocks, past), start=1):
-        parts = _project(block, hidden)
-        reads.append(_Read(parts.key, parts.value))
+        heads = _project(block, hidden)
+        reads.append(_Read(heads.key, heads.value))
         if layer < len(blocks):  # what comes out of the last block is read by nobody
-            hidden = _step(block, hidden, parts, before, positions=hidden.shape[1])
+            hidden = _step(block, hidden, heads, before, positions=hidden.shape[1])
     return reads
 
 
-def _step(block: Any, hidden: Tensor, parts: _Parts, before: list[_Read], *, positions: int) -> Tensor:
+def _step(block: Any, hidden: Tensor, heads: Heads, before: list[_Read], *, positions: int) -> Tensor:
     """One block; only the last ``positions`` come out, of which alone more than the keys and values is computed."""
-    first = hidden.shape[1] - positions
-    query, own = parts.query[:, first:], _Read(parts.key, parts.value)
-    hidden = hidden[:, first:] + block.ls_1(_attend(block.attn, query, [*before, own]))
-    hidden = hidden + block.ls_2(block.mlp(block.ln_2(hidden)))
-    return hidden
+    parts, first = BlockParts(block), hidden.shape[1] - positions
+    query, own = heads.query[:, first:], _Read(heads.key, heads.value)
+    hidden = hidden[:, first:]
+    attended = parts.project_out(_attend(parts, query, [*before, own]))
+    return parts.add_mlp(parts.add("attention", hidden, attended))
 
 
-def _project(block: Any, hidden: Tensor) -> _Parts:
-    attention, hidden = block.attn, block.ln_1(hidden)
-    if isinstance(attention, nn.MultiheadAttention):
-        fused = F.linear(hidden, attention.in_proj_weight, attention.in_proj_bias)
-        projected = fused.chunk(3, dim=-1)
-    else:
-        projected = attention.project_in(hidden)
-    return _Parts(*(_split_heads(part, attention.num_heads) for part in projected))
+def _project(block: Any, hidden: Tensor) -> Heads:
+    parts = BlockParts(block)
+    return parts.heads(parts.norm("attention", hidden))
 
 
-def _split_heads(part: Tensor, heads: int) -> Tensor:
-    split: Tensor = rearrange(part, "n length (heads dim) -> n length heads dim", heads=heads)
-    return split
+def _attend(parts: BlockParts, query: Tensor, reads: list[_Read]) -> Tensor:
+    """Each query of the last positions reads all branches before its own, and its own up to itself.
 
-
-def _attend(attention: Any, query: Tensor, reads: list[_Read]) -> Tensor:
-    """Each query of the last positions reads all branches before its own, and its own up to itself."""
+    Returns:
+        ``[n, queries, heads, dim]``.
+    """
     *before, own = (_products(query, read.key) for read in reads)
     length = own.shape[-1]
     later = torch.ones(length, length, dtype=torch.bool, device=own.device).triu(1)
@@ -180,14 +161,10 @@ def _attend(attention: Any, query: Tensor, reads: list[_Read]) -> Tensor:
     # [n, queries, heads, keys]
     logits = torch.cat([*before, own], dim=-1) * query.shape[-1] ** -0.5
     shares = logits.softmax(dim=-1, dtype=score_dtype(logits)).to(query.dtype)
-    plain = isinstance(attention, nn.MultiheadAttention)
-    shares = F.dropout(shares, attention.dropout if plain else attention.attention_dropout, attention.training)
+    shares = F.dropout(shares, parts.dropout)
 
-    parts = shares.split([read.key.shape[1] for read in reads], dim=-1)
-    mixed = reduce(torch.add, map(_weighted, parts, (read.value for read in reads)))
-    side_by_side = rearrange(mixed, "n queries heads dim -> n queries (heads dim)")
-    out: Tensor = attention.out_proj(side_by_side) if plain else attention.project_out(side_by_side)
-    return out
+    of_each = shares.split([read.key.shape[1] for read in reads], dim=-1)
+    return reduce(torch.add, map(_weighted, of_each, (read.value for read in reads)))
 
 
 def _products(query: Tensor, key: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint as run_again_in_backward
 
 from czsl_heads._checks import check_choice, check_kind, check_range, check_shapes, check_tensor
 from czsl_heads.encoders.protocol import Encoder, check_encoder
+from czsl_heads.functional.precision import score_dtype
 from czsl_heads.functional.unit import unit_vectors
 from czsl_heads.prompts.prefix import encode_fronts, obstacle, prefix_encoding
 from czsl_heads.space import CompositionSpace, clean_name
@@ -38,7 +39,8 @@ class SoftPrompts(nn.Module):
     """Learnable prompts "[context] attribute object", "[context] attribute" and "[context] object".
 
     Three contexts are learned apart, all starting from the words of ``context``; the primitives share one table, which
-    starts from the mean of the token embeddings of each (cleaned) name. Positions behind [EOS] are not run.
+    starts from the mean of the token embeddings of each (cleaned) name. Positions behind [EOS] are not run. Contexts
+    and table are float32 whatever the dtype of the text tower, into which they are cast.
 
     Args:
         encoder: A wrapped CLIP; it is used, not owned: its weights are no part of this module.
@@ -66,7 +68,8 @@ class SoftPrompts(nn.Module):
     Raises:
         ValueError: An option is unknown or out of range, a prompt is longer than the tower's context, a cleaned name
             has no token, a space has other primitives, pairs name none of them, or ``encode="prefix"`` and the text
-            tower is not causal, has blocks other than open_clip's usual ones, or hooks on them.
+            tower is not causal, has blocks or layers that are not known (:mod:`czsl_heads.encoders.blocks`), or hooks
+            on its blocks.
         TypeError: ``encoder`` is no Encoder, or a space no :class:`~czsl_heads.CompositionSpace`.
 
     Example:
@@ -113,14 +116,15 @@ class SoftPrompts(nn.Module):
             if encoder.embed_texts([f"{context} x x"])[1] == eos:  # which needs room for a pair, too
                 raise ValueError("expected `encoder` with a text tower pooled at [EOS], got one pooled elsewhere")
             table = self._first_table(encoder) if primitives is None else self._checked_table(primitives, encoder)
-        words = sentence[0, 1 : int(eos)]
+        start = _text_start(encoder)
+        words = sentence[0, start : int(eos)].to(score_dtype(sentence))
         self.pair_context = nn.Parameter(words.clone())
         if span == "all":
             self.attribute_context = nn.Parameter(words.clone())
             self.object_context = nn.Parameter(words.clone())
-        self.primitives = nn.Parameter(table)
-        # [SOS]; and [EOS] with the padding behind it, which a tower that is not causal sees too.
-        self.register_buffer("_start", sentence[0, :1].clone(), persistent=False)
+        self.primitives = nn.Parameter(table.to(score_dtype(table)))
+        # [SOS], if there is one; and [EOS] with the padding behind it, which a tower that is not causal sees too.
+        self.register_buffer("_start", sentence[0, :start].clone(), persistent=False)
         self.register_buffer("_end", sentence[0, int(eos) :].clone(), persistent=False)
 
     def _first_table(self, encoder: Encoder) -> Tensor:
@@ -190,7 +194,9 @@ class SoftPrompts(nn.Module):
     def _encodings(
         self, contexts: Sequence[Tensor], kinds: Sequence[tuple[Tensor, ...]]
     ) -> list[Callable[[Tensor], Tensor]]:
-        fronts = [torch.cat([self.get_buffer("_start"), context]) for context in contexts]
+        start = self.get_buffer("_start")
+        fronts = [torch.cat([start, context.to(start.dtype)]) for context in contexts]
+        kinds = [tuple(table.to(start.dtype) for table in tables) for tables in kinds]
         if not self._shares_prefix():
             return [partial(self._encode_plain, front, tables) for front, tables in zip(fronts, kinds)]
         (encoder,), end = self._encoder, self.get_buffer("_end")[:1]
@@ -245,9 +251,15 @@ def check_pairs(pairs: Tensor, num_attributes: int, num_objects: int) -> None:
 def _mean_embeddings(encoder: Encoder, names: list[str]) -> Tensor:
     """The mean of the token embeddings of each name, [SOS] and [EOS] left out."""
     embeddings, eos = encoder.embed_texts(names)
+    embeddings = embeddings.to(score_dtype(embeddings))
     positions = torch.arange(embeddings.shape[1], device=embeddings.device)
-    inside = ((positions > 0) & (positions < eos[:, None])).unsqueeze(-1)
+    inside = ((positions >= _text_start(encoder)) & (positions < eos[:, None])).unsqueeze(-1)
     empty = [name for name, count in zip(names, inside.sum(dim=1)) if not count]
     if empty:
         raise ValueError(f"expected `space` with names of at least one token, got none in {empty[0]!r}")
     return (embeddings * inside).sum(dim=1) / inside.sum(dim=1)
+
+
+def _text_start(encoder: Encoder) -> int:
+    """Tokens before the first word of a text; an encoder that does not say has an [SOS]."""
+    return int(getattr(encoder, "text_start", 1))

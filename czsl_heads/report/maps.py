@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from copy import copy
+from typing import Any, NamedTuple, get_args
 
 import torch
 from einops import einsum, rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from czsl_heads._checks import check_shapes, check_tensor
-from czsl_heads.adapters.lora_layers import LoRAAttention
+from czsl_heads.encoders.blocks import BlockParts, cannot_run_in_parts
+from czsl_heads.encoders.clip import ClipEncoder
+from czsl_heads.encoders.dense import Dense
 from czsl_heads.encoders.protocol import Encoder
+from czsl_heads.functional.precision import score_dtype
 from czsl_heads.functional.unit import unit_vectors
 from czsl_heads.models.method import Method
 
@@ -62,42 +66,80 @@ def alignment_map(tokens: Tensor, texts: Tensor, encoder: Encoder) -> TokenMap:
 
 
 @torch.no_grad()
-def encode_with_attention(model: Method, images: Tensor) -> tuple[Any, TokenMap]:
+def encode_with_attention(model: Method, images: Tensor) -> tuple[Any, TokenMap | None]:
     """``model.encode(images)``, and how much [CLS] reads of each token in the last block, mean over heads.
 
     Returns:
-        What the method encodes, and the map; all of its numbers for one image sum to one.
-
-    Raises:
-        TypeError: The last block has no attention that can return its weights.
+        What the method encodes, and the map; all of its numbers for one image sum to one, and the shares of registers
+        count among those of [CLS]. None in place of the map if the tower has no class token, or a block of another kind
+        than :class:`~czsl_heads.encoders.blocks.BlockParts` knows.
     """
     encoder = model.encoder
-    attention = getattr(encoder.blocks("vision")[-1], "attn", None)
-    if not isinstance(attention, (nn.MultiheadAttention, LoRAAttention)):
-        raise TypeError(f"expected blocks with nn.MultiheadAttention or LoRA in it, got {type(attention).__name__}")
+    block: Any = encoder.blocks("vision")[-1]
+    if not encoder.num_prefix or cannot_run_in_parts(block):
+        return model.encode(images), None
+
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    handle = attention.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    handle = block.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
     try:
         encoded = model.encode(images)
     finally:
         handle.remove()
     arguments, options = calls[0]
-    _, weights = attention(*arguments, **{**options, "need_weights": True})
-    return encoded, token_map(weights[:, 0], encoder)
+    shares = _shares_of_first(BlockParts(block), arguments[0], options.get("rope"))
+    of_prefix, of_patches = shares.tensor_split([encoder.num_prefix], dim=1)
+    return encoded, token_map(torch.cat([of_prefix.sum(dim=1, keepdim=True), of_patches], dim=1), encoder)
+
+
+def _shares_of_first(parts: BlockParts, hidden: Tensor, rope: Tensor | None) -> Tensor:
+    """How much the first token reads of each, mean over heads, ``[batch, tokens]``."""
+    stream = hidden if parts.batch_first else hidden.transpose(0, 1)
+    heads = parts.heads(parts.norm("attention", stream), rope)
+    query, key = heads.query[:, 0], heads.key
+    logits = einsum(query, key, "batch heads dim, batch tokens heads dim -> batch heads tokens")
+    shares: Tensor = (logits * query.shape[-1] ** -0.5).softmax(dim=-1, dtype=score_dtype(logits))
+    return shares.mean(dim=1)
+
+
+def dense_recipes(encoder: Encoder) -> list[Dense]:
+    """The recipes for dense patch tokens that an encoder takes beside what it has now; none if its blocks are unknown.
+
+    Example:
+        >>> from czsl_heads import wrap
+        >>> dense_recipes(wrap("tiny", dense="naclip"))
+        ['value', 'sclip', 'clearclip']
+    """
+    if not isinstance(encoder, ClipEncoder) or cannot_run_in_parts(encoder.blocks("vision")[-1]):
+        return []
+    return [recipe for recipe in get_args(Dense) if recipe not in ("none", encoder.dense)]
+
+
+def encode_densely(model: Method, images: Tensor, recipe: Dense) -> Any:
+    """``model.encode(images)`` with the patch tokens of a recipe; the model is left as it was."""
+    encoder: Any = model.encoder
+    before, encoder.dense = encoder.dense, recipe
+    try:
+        return model.encode(images)
+    finally:
+        encoder.dense = before
 
 
 def crop_transform(encoder: Encoder, *, nearest: bool = False) -> Callable[[Any], Any]:
-    """What ``encoder.transform()`` does to the geometry of a PIL image, and nothing else: resize and crop.
+    """What ``encoder.transform()`` does to the geometry of a PIL image, and nothing else: resize, crop and fill up.
 
-    ``nearest`` invents no values between those of a mask.
+    ``nearest`` is for masks: it invents no values between theirs, and what is filled up is outside.
     """
+    from open_clip.transform import CenterCropOrPad, ResizeKeepRatio
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
     whole: Any = encoder.transform()
-    steps = [step for step in whole.transforms if isinstance(step, (Resize, CenterCrop))]
-    if nearest:
-        flat = InterpolationMode.NEAREST
-        steps = [Resize(step.size, flat) if isinstance(step, Resize) else step for step in steps]
+    kinds = (Resize, ResizeKeepRatio, CenterCrop, CenterCropOrPad)
+    steps = [copy(step) for step in whole.transforms if isinstance(step, kinds)]
+    for step in steps if nearest else ():
+        if isinstance(step, (Resize, ResizeKeepRatio)):
+            step.interpolation = InterpolationMode.NEAREST
+        elif isinstance(step, CenterCropOrPad):
+            step.fill = 0
     composed: Callable[[Any], Any] = Compose(steps)
     return composed
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from base64 import b64encode
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from czsl_heads._files import whole_file
+from czsl_heads.encoders.dense import Dense
 from czsl_heads.report.maps import TokenMap
 
 if TYPE_CHECKING:
@@ -87,7 +88,10 @@ def panels(image: Image, maps: dict[str, TokenMap]) -> list[Panel]:
     found.append(cosine_panel("alignment with the predicted pair", image, maps["alignment"]))
     if "condenser" in maps:
         found.append(share_panel("attention of the condenser (VAC)", image, maps["condenser"]))
-    found.append(share_panel("attention of [CLS], last block", image, maps["attention"]))
+    if "attention" in maps:
+        found.append(share_panel("attention of [CLS], last block", image, maps["attention"]))
+    recipes = [recipe for recipe in get_args(Dense) if recipe in maps]
+    found += [cosine_panel(f"dense patches, {recipe}", image, maps[recipe]) for recipe in recipes]
     return found
 
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from torch import Tensor
 from czsl_heads._checks import check_integer
 from czsl_heads._numbers import percent
 from czsl_heads.data.layout import CompositionDataset, DataError, Sample, open_image
+from czsl_heads.encoders.dense import Dense
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
 from czsl_heads.report.curves import plot_curves, plot_feasibility, plot_study
 from czsl_heads.report.findings import Finding, examine
-from czsl_heads.report.maps import centres_inside, crop_transform, points_inside
+from czsl_heads.report.maps import centres_inside, crop_transform, dense_recipes, points_inside
 from czsl_heads.report.overlay import Panel, cosine_panel, data_uri, panels, png_uri, share_panel
 from czsl_heads.report.scatter import plot_gap
 from czsl_heads.report.table import (
@@ -117,6 +118,7 @@ def results_page(
         model=model,
         behind=model if isinstance(model, Condensed) else None,
         patches=model.encoder.grid[0] * model.encoder.grid[1] + 1,
+        dense=dense_recipes(model.encoder),
         looked_at=len(found),
         accuracy=sum(image.right for image in found) / len(found),
         pointing=pointing_scores(found, keys),
@@ -146,10 +148,10 @@ def look_at(
         samples = [dataset.samples["test"][number] for number in numbers[start : start + batch_size]]
         target = torch.tensor([sample.column for sample in samples])
         pictures = [open_image(sample.path) for sample in samples]
-        findings = [
-            examine(model, _batch(model, pictures), pairs, encoded, candidates=candidates, target=target)
-            for model, encoded in zip(models, texts)
-        ]
+        findings = []
+        for model, encoded in zip(models, texts):
+            options: Any = {"candidates": candidates, "target": target, "dense": dense_recipes(model.encoder)}
+            findings.append(examine(model, _batch(model, pictures), pairs, encoded, **options))
         others: list[Any] = findings[1] if len(models) > 1 else [None] * len(samples)
         inside = [_inside(sample, picture.size, dataset, models[0]) for sample, picture in zip(samples, pictures)]
         found += [Examined(*parts) for parts in zip(samples, findings[0], others, inside)]
@@ -188,6 +190,7 @@ _POINTERS = {
     "labelled": "cosine with the labelled pair (oracle: it knows the label)",
     "condenser": "attention of the condenser (VAC)",
     "attention": "attention of [CLS], last block",
+    **{recipe: f"cosine of dense patches ({recipe}) with the predicted pair" for recipe in get_args(Dense)[1:]},
 }
 
 
@@ -222,7 +225,8 @@ def _card(image: Examined, crop: Callable[[Any], Any], keys: tuple[str, str]) ->
     if image.baseline is not None:
         maps = image.baseline.maps
         shown.append(cosine_panel(f"row {keys[1]}: cosine with its predicted pair", picture, maps["alignment"]))
-        shown.append(share_panel(f"row {keys[1]}: attention of [CLS], last block", picture, maps["attention"]))
+        if "attention" in maps:
+            shown.append(share_panel(f"row {keys[1]}: attention of [CLS], last block", picture, maps["attention"]))
     return image, shown
 
 

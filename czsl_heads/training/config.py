@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from czsl_heads._checks import check_choice, check_range
 from czsl_heads._files import flatten
 from czsl_heads.data.shapes import ShapesSpec
+from czsl_heads.encoders.names import absolute
 from czsl_heads.functional.feasibility import Masking
 from czsl_heads.heads.sparse_align import Reduce
 from czsl_heads.models.registry import method_names
@@ -151,7 +152,9 @@ def configure(
     Args:
         method: sac, clip, coop, csp or troika, or a method that another package brings.
         data: "shapes", drawn into the output folder, or the path of a data set in the field's layout.
-        encoder: "tiny", or open_clip's ARCHITECTURE[:TAG], such as ViT-L-14:openai.
+        encoder: "tiny", ARCHITECTURE:TAG of open_clip, such as ViT-L-14:openai, ARCHITECTURE:PATH or the PATH of
+            OpenAI's own file, hf:OWNER/NAME or hf:DIR of transformers, or another name that czsl_heads.wrap takes;
+            czsl encoders lists what there is.
         preset: Options of a data set (shapes, ut-zappos, mit-states, cgqa); default: shapes with the tiny encoder, else
             mit-states.
         seeds: How many seeds; from two on, the table shows mean and standard deviation. One is taken where nothing is
@@ -230,7 +233,9 @@ def configure_model(
     Args:
         method: sac, clip, coop, csp or troika, or a method that another package brings.
         data: "shapes", drawn into the output folder, or the path of a data set in the field's layout.
-        encoder: "tiny", or open_clip's ARCHITECTURE[:TAG], such as ViT-L-14:openai.
+        encoder: "tiny", ARCHITECTURE:TAG of open_clip, such as ViT-L-14:openai, ARCHITECTURE:PATH or the PATH of
+            OpenAI's own file, hf:OWNER/NAME or hf:DIR of transformers, or another name that czsl_heads.wrap takes;
+            czsl encoders lists what there is.
         preset: Options of a data set (shapes, ut-zappos, mit-states, cgqa); default: shapes with the tiny encoder, else
             mit-states.
         seed: Decides initialisation, order, augmentation and dropout.
@@ -300,7 +305,7 @@ def _configured(
     return Config(
         method=method,
         data=data if data == "shapes" else str(Path(data).resolve()),
-        encoder=_from_anywhere(encoder),
+        encoder=absolute(encoder),
         preset=preset,
         options=training,
         sources=sources,
@@ -308,9 +313,3 @@ def _configured(
         shapes=shapes,
         trainer=dict(trainer or {}),
     )
-
-
-def _from_anywhere(encoder: str) -> str:
-    """The same name, with a path in it as an absolute one: a folder of results is used from other places, too."""
-    name, colon, tag = encoder.partition(":")
-    return f"{name}:{Path(tag).resolve()}" if colon and Path(tag).exists() else encoder

@@ -15,6 +15,7 @@ from czsl_heads._files import flatten, plain, read_json, write_json
 from czsl_heads.data.integrity import broken_images
 from czsl_heads.data.layout import CompositionDataset, DataError, labels_digest, read_dataset
 from czsl_heads.data.shapes import make_shapes, shapes_space
+from czsl_heads.encoders.digest import differs, identity, weights_digest
 from czsl_heads.encoders.wrap import wrap
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
@@ -29,6 +30,8 @@ from czsl_heads.training.stage import check_validation
 from czsl_heads.training.train import check_learning
 from czsl_heads.training.trainer import check_trainer
 
+# Recorded by :func:`czsl_heads.encoders.digest.identity`, and compared when the CLIP is loaded.
+_OF_CLIP = ("encoder_container", "encoder_activation", "encoder_digest")
 # May differ when a command is taken up again: they decide which numbers there are, or how fast, but beyond rounding
 # none of them.
 _FREE = ("seeds", "studies", "add", "options.workers", "options.checkpoint", "trainer.enable_progress_bar")
@@ -37,9 +40,10 @@ _FREE = ("seeds", "studies", "add", "options.workers", "options.checkpoint", "tr
 def open_folder(out: Path, config: Config) -> CompositionDataset:
     """Claim ``out`` for a command, or take it up again, and give its data set.
 
-    A new folder is made only after the data was read, every model that the command trains built once and shown a blank
-    image, every image decoded, the trainer built, and the feasibility of pairs found where it is asked for; so a wrong
-    argument leaves nothing behind.
+    A new folder is made only after the data was read, the trainer built, the encoder loaded, every model that the
+    command trains built once and shown a blank image, the feasibility of pairs found where it is asked for, and last
+    every image decoded; so a wrong argument leaves nothing behind. The folder says what its CLIP was, and is taken up
+    with that one only.
 
     Raises:
         ValueError: The data, the encoder, an option or a flag is wrong; or ``out`` is of another command.
@@ -49,14 +53,17 @@ def open_folder(out: Path, config: Config) -> CompositionDataset:
     dataset = None if config.shapes else read_dataset(config.data)
     settings = _settings(config, dataset)
     if path.exists():
-        _compare(out, read_json(path), settings)
+        before = read_json(path)
+        _compare(out, before, settings)
         check_trainer(config.trainer)
+        clip = _identified(wrap(config.encoder))
+        _compare_clips(out, config.encoder, before, clip)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"expected `out` to be a new or empty folder or one of the same command, got {out}")
     else:
-        table = _tried(config, dataset)
+        table, clip = _tried(config, dataset)
     try:
-        write_json(path, settings)
+        write_json(path, settings | clip)
         if dataset is None:
             dataset = _drawn_dataset(out / "shapes", config)
         if config.world == "open" and not (out / FEASIBILITY).exists():
@@ -72,14 +79,14 @@ def wanted_rows(config: Config) -> list[Row]:
     return [*config.rows, *points]
 
 
-def _tried(config: Config, dataset: CompositionDataset | None) -> torch.Tensor | None:
-    """Everything that can be wrong, tried; the feasibility of pairs, where it is asked for."""
+def _tried(config: Config, dataset: CompositionDataset | None) -> tuple[torch.Tensor | None, dict[str, str]]:
+    """Everything that can be wrong, tried; the feasibility of pairs, where it is asked for, and what the CLIP is."""
     devices = check_trainer(config.trainer)
     if dataset is not None:
         check_validation(dataset)
     space = shapes_space() if dataset is None else dataset.space
     images = _training_images(config, dataset, space)
-    encoder = wrap(config.encoder)  # loaded once; each model gets a copy, and puts its adapters into it
+    encoders = {"none": wrap(config.encoder)}  # each loaded once; models get copies, and put their adapters into them
     asked = [row.model for row in wanted_rows(config)]
     bases = [model.base for model in asked if model.base is not None]
     tried: list[tuple[Any, ...]] = []
@@ -90,12 +97,18 @@ def _tried(config: Config, dataset: CompositionDataset | None) -> torch.Tensor |
             tried.append(key)
             behind = trained.stage == "condense"
             recipe = options.recipe(config.method, config.encoder, trained.align, condenser=behind)
-            model = build(recipe, space.subset(space.pairs[:1]), encoder=deepcopy(encoder))
+            if recipe.dense not in encoders:
+                encoders[recipe.dense] = wrap(config.encoder, dense=recipe.dense)
+            model = build(recipe, space.subset(space.pairs[:1]), encoder=deepcopy(encoders[recipe.dense]))
             _rehearse(model, options, images // devices)
     table = None if config.world == "closed" else feasibility_table(config, space)
     if dataset is not None:
         _decode_all(dataset)
-    return table
+    return table, _identified(encoders["none"])
+
+
+def _identified(encoder: nn.Module) -> dict[str, str]:
+    return identity(encoder, weights_digest(encoder))
 
 
 def _training_images(config: Config, dataset: CompositionDataset | None, space: CompositionSpace) -> int:
@@ -157,7 +170,10 @@ def _settings(config: Config, dataset: CompositionDataset | None) -> dict[str, A
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    found = {name: value for name, value in found.items() if name not in _OF_CLIP}
     before, now = (flatten({**OPEN_WORLD, **settings}) for settings in (found, wanted))
+    # A folder of an earlier version lacks the options of later ones, and was run without.
+    before = flatten({"options": plain(Options().as_dict())}) | before
     digest = before.get("data_digest")
     moved = ("data",) if digest is not None and digest == now.get("data_digest") else ()  # the same data elsewhere
     free = [name for name in _FREE if name != "seeds" or now["table"] != "one"]  # one model has one seed
@@ -167,3 +183,8 @@ def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
                 f"expected `out` to be new or of the same settings, got {out}, whose {name} is {before.get(name)!r} "
                 f"instead of {now.get(name)!r}"
             )
+
+
+def _compare_clips(out: Path, name: str, before: dict[str, Any], clip: dict[str, str]) -> None:
+    if "encoder_digest" in before and (told := differs(before, clip)):
+        raise ValueError(f"expected `out` to be new or of the same encoder {name!r}, got {out} of another ({told})")

@@ -10,6 +10,7 @@ import yaml
 
 from czsl_heads._checks import check_choice, check_integer, check_kind, check_positive, check_range
 from czsl_heads._files import flatten
+from czsl_heads.encoders.dense import Dense
 from czsl_heads.functional.distill import Direction
 from czsl_heads.heads.sparse_align import Reduce
 from czsl_heads.models.condensed import check_weights
@@ -68,6 +69,8 @@ class Options:
         direction: Direction of the distillation: ``reverse`` is KL(condenser || alignment), ``forward`` the other way.
         beta: Weight of the method itself in the fused scores, in [0, 1].
         gamma: Weight of the memory bank in the fused scores, at least 0.
+        dense: What the last block does to the patch tokens, none of it trained: ``none``, ``value``, ``sclip``,
+            ``clearclip`` or ``naclip``, see :mod:`czsl_heads.encoders.dense`.
         patch_drop: Share of the patches that the vision tower does not see in training (never in a test), in [0, 1).
         head, lora, condenser, bank: Parts of the model, with options of their own
             (:class:`~czsl_heads.models.recipe.HeadOptions` and so on).
@@ -97,6 +100,7 @@ class Options:
     direction: Direction = "reverse"
     beta: float = 0.5
     gamma: float = 0.5
+    dense: Dense = "none"
     patch_drop: float = 0.0
     head: HeadOptions = field(default_factory=HeadOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)
@@ -123,6 +127,7 @@ class Options:
         check_range("weight_decay", self.weight_decay, 0)
         check_range("patch_drop", self.patch_drop, 0, 0.99)
         check_weights(alpha=self.alpha, beta=self.beta, gamma=self.gamma, direction=self.direction)
+        check_choice("dense", self.dense, get_args(Dense))
         check_choice("selection", self.selection, get_args(Selection))
         check_choice("incomplete_group", self.incomplete_group, ("mean", "full"))
         for name in ("checkpoint", "condense_augment", "joint"):
@@ -140,14 +145,15 @@ class Options:
 
     def recipe(self, method: str, encoder: str, align: Reduce, *, condenser: bool = False) -> Recipe:
         """What the model of these options is made of."""
-        shared = ("head", "lora", "patch_drop", "checkpoint", "model", "bank", "alpha", "beta", "gamma", "direction")
+        shared = ("dense", "head", "lora", "patch_drop", "checkpoint", "model", "bank")
+        weights = ("alpha", "beta", "gamma", "direction")
         return Recipe(
             method,
             encoder,
             align,
             condenser=self.condenser if condenser else None,
             joint=self.joint and condenser,
-            **{name: getattr(self, name) for name in shared},
+            **{name: getattr(self, name) for name in (*shared, *weights)},
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -64,7 +64,15 @@ def testing_trainer(flags: dict[str, Any]) -> lightning.Trainer:
 
 
 def check_trainer(flags: dict[str, Any]) -> int:
-    """How many devices train; ValueError if ``lightning.Trainer`` does not take these flags here."""
+    """How many devices train; ValueError if ``lightning.Trainer`` does not take these flags here.
+
+    A precision that makes float16 of what is trained is refused: after one step of Adam it would be NaN.
+    """
+    if str(flags.get("precision")) in ("16-true", "transformer-engine-float16"):
+        raise ValueError(
+            f"expected `trainer.precision` that keeps trained weights out of float16, such as 16-mixed, bf16-mixed or "
+            f"bf16-true, got {flags['precision']}"
+        )
     try:
         with quiet():
             return int(testing_trainer(flags).world_size)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from czsl_heads.data import DataError, check, read_dataset
 from czsl_heads.data.layout import SPLIT_NAME, ImageSplit, open_image, write_metadata
 from czsl_heads.data.shapes import split_pairs
-from czsl_heads.encoders.transforms import image_transform
+from czsl_heads.encoders.transforms import Preprocess
 
 METADATA = f"metadata_{SPLIT_NAME}.t7"
 PAIRS = {
@@ -493,7 +493,7 @@ def test_without_a_seed_the_transform_draws_from_the_global_generator(root):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_workers_draw_what_the_main_process_draws(shapes_root, num_workers):
-    split = read_dataset(shapes_root).images("val", image_transform(48, train=True), seed=11)
+    split = read_dataset(shapes_root).images("val", Preprocess((48, 48)).transform(train=True), seed=11)
     split.samples = split.samples[:7]
     images, columns = zip(*DataLoader(Numbers(split, epoch=4), batch_size=3, num_workers=num_workers))
     expected = [split[4, number] for number in range(7)]

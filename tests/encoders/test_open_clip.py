@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.hf_model import HFTextEncoder
-from open_clip.timm_model import TimmModel
 from torch import nn
 
 from czsl_heads import wrap
@@ -339,13 +338,40 @@ def test_a_foreign_vocabulary_needs_its_tokenizer(small_clip_factory):
     )
 
 
+def test_the_mean_of_normed_patches_is_the_image_feature(small_clip_factory, generator):
+    encoder = wrap(small_clip_factory(vision={"pool_type": "avg", "no_ln_pre": True}), tokenizer=TOKENIZER)
+    images, visual = images_for(encoder, 2, generator), encoder.model.visual
+    tokens = encoder.encode_tokens(images)
+    states = visual.transformer(visual._embeds(images))
+    expected = visual.ln_post(states)[:, 1:] @ visual.proj
+    torch.testing.assert_close(tokens[:, 1:], expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(tokens[:, 1:].mean(dim=1), encoder.model.encode_image(images), rtol=0, atol=1e-6)
+
+
+def test_patches_are_normed_as_their_mean_is_where_the_norm_comes_last(small_clip_factory, generator):
+    after = {"pool_type": "avg", "no_ln_pre": True, "final_ln_after_pool": True, "norm_kwargs": {"eps": 1e-3}}
+    encoder = wrap(small_clip_factory(vision=after), tokenizer=TOKENIZER)
+    images, visual = images_for(encoder, 2, generator), encoder.model.visual
+    norm = visual.ln_post
+    norm.weight.data += torch.randn(48, generator=generator)
+    norm.bias.data += torch.randn(48, generator=generator)
+    tokens = encoder.encode_tokens(images)
+    for states, found in zip(visual.transformer(visual._embeds(images)), tokens):
+        mean = states[1:].mean(dim=0)
+        deviation = (mean.var(correction=0) + 1e-3).sqrt()
+        for state, token in zip(states[1:], found[1:]):
+            normed = (state - mean.mean()) / deviation * norm.weight + norm.bias
+            torch.testing.assert_close(token, normed @ visual.proj, rtol=0, atol=1e-5)
+    torch.testing.assert_close(tokens[:, 1:].mean(dim=1), encoder.model.encode_image(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(tokens[:, 0], encoder.model.encode_image(images), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("vision", "reason"),
     [
-        ({"pool_type": "avg"}, "pooled by the class token, got pool_type='avg': its token 0 is not the image feature"),
-        ({"pool_type": "none"}, "pooled by the class token, got pool_type='none'"),
-        ({"attentional_pool": True, "attn_pooler_heads": 4}, "pooled by the class token, got attention pooling"),
-        ({"attentional_pool": "parallel", "attn_pooler_heads": 4}, "got attention pooling: its patch tokens are not"),
+        ({"pool_type": "none"}, "pooled by class token or mean, got pool_type='none': it makes no image feature"),
+        ({"attentional_pool": True, "attn_pooler_heads": 4}, "by class token or mean, got attention pooling: its quer"),
+        ({"attentional_pool": "parallel", "attn_pooler_heads": 4}, "got attention pooling: its queries mix all patch"),
     ],
 )
 def test_a_vision_tower_pooled_otherwise_raises_with_the_reason(small_clip_factory, vision, reason):
@@ -362,22 +388,165 @@ def test_a_vision_tower_without_projection_raises(small_clip_factory):
 
 def test_a_resnet_raises_with_the_reason(small_clip_factory):
     model = small_clip_factory(vision={"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "head_width": 8})
-    with pytest.raises(TypeError, match="VisionTransformer, got ModifiedResNet: a ResNet has no class token"):
-        wrap(model)
-
-
-def test_a_timm_tower_raises_with_the_reason(small_clip_factory):
-    model = small_clip_factory()
-    model.visual = TimmModel("vit_tiny_patch16_224", embed_dim=40, image_size=32, pool="avg", pretrained=False)
-    with pytest.raises(TypeError, match="VisionTransformer, got TimmModel: a timm tower pools and projects in ways"):
+    with pytest.raises(TypeError, match="or TimmModel, got ModifiedResNet: its attention pooling projects one vector"):
         wrap(model)
 
 
 def test_any_other_vision_tower_raises(small_clip_factory):
     model = small_clip_factory()
     model.visual = nn.Flatten()
-    with pytest.raises(TypeError, match="VisionTransformer, got Flatten: it has no class token and patch tokens"):
+    with pytest.raises(TypeError, match="or TimmModel, got Flatten: it has no patch tokens in the space of the image"):
         wrap(model)
+
+
+@pytest.mark.parametrize("pool_type", ["tok", "avg"])
+@pytest.mark.parametrize("size", [(42, 42), (28, 63), (30, 45)])
+def test_another_size_equals_open_clip_loading_the_same_weights(
+    small_clip_factory, tmp_path, size, pool_type, generator
+):
+    square = {"image_size": 28, "pool_type": pool_type}
+    encoder = wrap(small_clip_factory(vision=square), tokenizer=TOKENIZER)
+    torch.save(encoder.model.state_dict(), tmp_path / "weights.pt")
+    made = wrap(small_clip_factory(vision={**square, "image_size": size}), tokenizer=TOKENIZER)
+    open_clip.load_checkpoint(made.model, str(tmp_path / "weights.pt"))
+
+    encoder.vision.resize(size)
+    assert encoder.grid == made.grid == (size[0] // 7, size[1] // 7)
+    assert encoder.vision.image_size == made.vision.image_size == size
+    images = images_for(encoder, 2, generator)
+    assert images.shape[2:] == size
+    torch.testing.assert_close(encoder.encode_tokens(images), made.encode_tokens(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(encoder.encode_images(images), made.model.encode_image(images), rtol=0, atol=1e-5)
+
+
+def test_positions_of_a_grid_that_is_no_square_are_interpolated_as_they_lie(small_encoder):
+    visual = small_encoder.model.visual
+    positions, patches = visual.positional_embedding, 6 * 4
+    ramp = torch.arange(6.0)[:, None].expand(6, 4).reshape(patches, 1)  # the row of each patch
+    positions.data[1:] = ramp.expand(patches, 48)
+    first = positions.data[0].clone()
+    small_encoder.vision.resize((6 * 7, 8 * 7))
+    larger = visual.positional_embedding
+    assert larger.shape == (1 + 6 * 8, 48)
+    assert not larger.requires_grad
+    assert torch.equal(larger[0], first)
+    expected = torch.arange(6.0)[:, None].expand(6, 8).reshape(48, 1).expand(48, 48)
+    torch.testing.assert_close(larger[1:], expected, rtol=0, atol=1e-5)
+
+
+def test_the_same_number_of_patches_in_another_grid_is_another_size(small_encoder, generator):
+    before = small_encoder.model.visual.positional_embedding.clone()
+    small_encoder.vision.resize((28, 42))
+    assert small_encoder.grid == (4, 6)
+    assert small_encoder.model.visual.positional_embedding.shape == before.shape
+    assert not torch.allclose(small_encoder.model.visual.positional_embedding, before)
+    assert small_encoder.encode_tokens(torch.randn(1, 3, 28, 42, generator=generator)).shape == (1, 25, 40)
+
+
+def test_the_same_size_changes_nothing(small_encoder, generator):
+    images = images_for(small_encoder, 2, generator)
+    before = small_encoder.encode_tokens(images)
+    small_encoder.vision.resize((42, 28))
+    assert torch.equal(small_encoder.encode_tokens(images), before)
+
+
+def test_positions_that_are_trained_still_are_after_a_resize(small_clip_factory):
+    encoder = wrap(small_clip_factory(), tokenizer=TOKENIZER, frozen=False)
+    encoder.vision.resize((28, 28))
+    assert encoder.model.visual.positional_embedding.requires_grad
+
+
+@pytest.mark.parametrize(("size", "error"), [((6, 28), ValueError), (28, TypeError), ((28.0, 28), TypeError)])
+def test_a_size_that_does_not_fit_raises(small_encoder, size, error):
+    with pytest.raises(error, match="expected `image_size` to be"):
+        small_encoder.vision.resize(size)
+
+
+class Words:
+    """Stand-in for a tokenizer of the hub: words are tokens, padded to the right or to the left."""
+
+    def __init__(self, end, pad, left=False):
+        self.end, self.pad, self.left = end, pad, left
+
+    def __call__(self, texts, context_length=77):
+        rows = torch.full((len(texts), context_length), self.pad)
+        for row, text in zip(rows, texts):
+            ids = [*range(5, 5 + len(text.split()))][: context_length - 1]
+            length = len(ids) + 1
+            place = slice(context_length - length, None) if self.left else slice(0, length)
+            row[place] = torch.tensor([*ids, self.end])
+        return rows
+
+
+@pytest.mark.parametrize(("pool", "place"), [("first", 0), ("last", 76)])
+@pytest.mark.parametrize(("end", "pad"), [(200, 0), (1, 1)])
+def test_a_text_pooled_at_a_fixed_place_ends_where_it_ends(small_clip_factory, pool, place, end, pad):
+    model = small_clip_factory(text={"pool_type": pool, "no_causal_mask": True, "vocab_size": 201})
+    encoder = wrap(model, tokenizer=Words(end, pad))
+    embeddings, position = encoder.embed_texts(["dog", "a b c", ""])
+    assert position.tolist() == [1, 3, 0]
+    assert encoder.text_start == 0
+    hidden = encoder.text.run(encoder.text.enter(embeddings))
+    expected = encoder.text.leave(hidden[:, place])
+    torch.testing.assert_close(encoder.encode_embeddings(embeddings, position), expected, rtol=0, atol=1e-6)
+
+
+def test_a_tokenizer_that_pads_in_front_says_nothing_of_starts(small_clip_factory):
+    model = small_clip_factory(text={"pool_type": "last", "no_causal_mask": True, "vocab_size": 201})
+    encoder = wrap(model, tokenizer=Words(200, 0, left=True))
+    assert encoder.text_start == 0
+    assert encoder.embed_texts(["dog", "a b c"])[1].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("text", [{}, {"pool_type": "eos", "eos_id": 49407}, {"pool_type": "last"}])
+def test_an_sos_stands_before_the_first_word(small_clip_factory, text):
+    encoder = wrap(small_clip_factory(text=text), tokenizer=TOKENIZER)
+    assert encoder.text_start == 1
+    assert encoder.embed_texts(["dog", "a big dog", ""])[1].tolist() == [2, 4, 1]
+
+
+@pytest.mark.parametrize("tokenizer", [Words(200, 0), Words(200, 1), Words(1, 1), Words(200, 0, left=True)])
+def test_a_tokenizer_of_another_kind_is_asked_what_it_would_cut(small_clip_factory, tokenizer):
+    model = small_clip_factory(text={"pool_type": "last", "no_causal_mask": True, "vocab_size": 201})
+    encoder = wrap(model, tokenizer=tokenizer)
+    fits, too_long = " ".join(["dog"] * 76), " ".join(["dog"] * 77)
+    expected = model.encode_text(tokenizer(["dog", fits]))
+    torch.testing.assert_close(encoder.encode_texts(["dog", fits]), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="`texts` of at most 77 tokens, got more in 'dog dog dog"):
+        encoder.encode_texts(["dog", too_long])
+
+
+@pytest.mark.parametrize("strip", [False, True])
+def test_open_clip_s_tokenizer_of_the_hub_is_asked_what_it_would_cut(small_clip_factory, tmp_path, strip):
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "dog": 4}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    ends = [("[CLS]", 1), ("[SEP]", 2)]
+    model.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
+    )
+    fast.save_pretrained(tmp_path)
+    tokenizer = open_clip.tokenizer.HFTokenizer(str(tmp_path), context_length=77, strip_sep_token=strip)
+
+    text = {"pool_type": "last", "no_causal_mask": True, "vocab_size": 5}
+    encoder = wrap(small_clip_factory(text=text), tokenizer=tokenizer)
+    fits, too_long = " ".join(["dog"] * 75), " ".join(["dog"] * 76)
+    expected = encoder.model.encode_text(tokenizer(["dog", fits]))
+    torch.testing.assert_close(encoder.encode_texts(["dog", fits]), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="`texts` of at most 77 tokens, got more in 'dog dog dog"):
+        encoder.encode_texts(["dog", too_long])
+
+
+def test_a_tokenizer_whose_encode_adds_the_ends_itself_refuses_nothing_that_fits(small_clip_factory):
+    class Whole(Words):
+        def encode(self, text):
+            return [1, *range(5, 5 + len(text.split())), 200]
+
+    encoder = wrap(small_clip_factory(text={"pool_type": "last", "vocab_size": 201}), tokenizer=Whole(200, 0))
+    assert encoder.encode_texts([" ".join(["dog"] * 76)]).shape == (1, 40)
 
 
 def test_a_hugging_face_text_tower_raises_with_the_reason(small_clip_factory):

@@ -462,7 +462,7 @@ def test_adapters_of_any_package_share_a_prefix_if_they_say_how(small_encoder, s
 def test_an_adapter_that_reads_several_tokens_is_run_on_whole_prompts(small_encoder, space, part):
     layer = getattr(add_experts(small_encoder), part)
     layer.per_token = False
-    with pytest.raises(ValueError, match=rf"an adapter that reads several tokens at once \({type(layer).__name__}\)"):
+    with pytest.raises(ValueError, match=rf"a layer that may read several tokens at once \({type(layer).__name__}\)"):
         SoftPrompts(small_encoder, space, encode="prefix")
     auto, plain = (SoftPrompts(small_encoder, space, encode=encode) for encode in ("auto", "plain"))
     for found, expected in zip(auto(space), plain(space)):

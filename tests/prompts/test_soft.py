@@ -366,8 +366,18 @@ def test_a_context_that_leaves_just_enough_room_is_taken(small_clip_factory, spa
 
 
 @pytest.mark.parametrize("pool", ["first", "last"])
-def test_a_tower_pooled_elsewhere_raises(small_clip_factory, space, pool):
-    encoder = wrap(small_clip_factory(text={"pool_type": pool}))
+def test_a_tower_that_pools_a_fixed_place_takes_prompts_of_its_whole_context(small_clip_factory, space, pool):
+    encoder = wrap(small_clip_factory(text={"pool_type": pool, "no_causal_mask": True}))
+    features = SoftPrompts(encoder, space, context="a photo of")(space)
+    expected = F.normalize(encoder.encode_texts(["a photo of red dog"]), dim=-1)
+    torch.testing.assert_close(features.pairs[2:], expected, rtol=0, atol=1e-5)
+
+
+def test_texts_whose_end_cannot_be_found_raise(small_clip_factory, space):
+    def in_front(texts):  # pads there, so that all texts seem to end where they start
+        return torch.tensor([[0] * (77 - len(text)) + [1] * len(text) for text in texts])
+
+    encoder = wrap(small_clip_factory(text={"pool_type": "last", "no_causal_mask": True}), tokenizer=in_front)
     with pytest.raises(ValueError, match=r"with a text tower pooled at \[EOS\], got one pooled elsewhere"):
         SoftPrompts(encoder, space)
 

@@ -117,3 +117,21 @@ def test_wrong_arguments_raise(model, batch, pairs, texts):
         examine(model, batch[0], pairs, texts, top=0)
     with pytest.raises(ValueError, match="expected `images` of shape"):
         examine(model, batch[0][:, :1], pairs, texts)
+
+
+def test_maps_of_dense_patches_are_shown_beside_and_decide_nothing(model, batch, pairs, texts):
+    plain = examine(model, batch[0], pairs, texts)
+    found = examine(model, batch[0], pairs, texts, dense=["value", "clearclip"])
+    assert [each.predictions for each in found] == [each.predictions for each in plain]
+    assert found[0].maps.keys() == plain[0].maps.keys() | {"value", "clearclip"}
+    best = model.scores(batch[0], pairs).argmax(dim=1)
+    model.encoder.dense = "clearclip"
+    expected = alignment_map(model.encoder.encode_tokens(batch[0]), texts.pairs[best], model.encoder)
+    model.encoder.dense = "none"
+    for index, finding in enumerate(found):
+        torch.testing.assert_close(finding.maps["clearclip"].patches, expected.patches[index], rtol=0, atol=1e-6)
+    with pytest.raises(
+        ValueError, match="expected `dense` to be one of none, .*, naclip, got 'x'"
+    ):
+        examine(model, batch[0], pairs, texts, dense=["x"])
+    assert model.encoder.dense == "none"

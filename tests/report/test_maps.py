@@ -15,10 +15,14 @@ from czsl_heads.report.maps import (
     alignment_map,
     centres_inside,
     crop_transform,
+    dense_recipes,
+    encode_densely,
     encode_with_attention,
     points_inside,
     token_map,
 )
+from tests.encoders.families import FAMILIES, build
+from tests.encoders.test_blocks import images_for
 from tests.references import reference_alignment_map, reference_cls_attention, reference_pointing
 
 GRID = (6, 4)  # of the small encoder
@@ -80,12 +84,12 @@ def test_the_attention_of_cls_equals_a_loop_over_heads(small_clip_factory, small
             for delta in module.deltas.values():
                 nn.init.normal_(delta.b, std=0.3)
     heard = []
-    last.ln_1.register_forward_hook(lambda module, arguments, output: heard.append(output))
+    last.register_forward_pre_hook(lambda module, arguments: heard.append(arguments[0]))
     tokens, found = encode_with_attention(method_of(encoder), images)
     torch.testing.assert_close(tokens, encoder.encode_tokens(images), rtol=0, atol=1e-6)
     if lora:
         last.attn.merge()
-    hidden = heard[0] if batch_first else heard[0].transpose(0, 1)
+    hidden = last.ln_1(heard[0] if batch_first else heard[0].transpose(0, 1))
     weight, bias = last.attn.in_proj_weight.detach(), last.attn.in_proj_bias.detach()
     shares = reference_cls_attention(hidden.detach(), weight, bias, last.attn.num_heads)
     torch.testing.assert_close(found.prefix, shares[:, :1], rtol=0, atol=1e-5)
@@ -94,18 +98,49 @@ def test_the_attention_of_cls_equals_a_loop_over_heads(small_clip_factory, small
 
 
 def test_nothing_stays_hooked_after_the_maps_even_if_they_fail(small_encoder, images):
-    attention = small_encoder.blocks("vision")[-1].attn
+    last = small_encoder.blocks("vision")[-1]
     method = method_of(small_encoder)
     encode_with_attention(method, images)
     with pytest.raises(ValueError, match="expected `images` of shape"):
         encode_with_attention(method, images[:, :, 1:])
-    assert not attention._forward_pre_hooks
+    assert not last._forward_pre_hooks
 
 
-def test_a_block_without_attention_weights_raises(small_encoder, images):
+def test_a_block_of_an_unknown_kind_has_no_attention_and_no_recipe(small_encoder, images):
     small_encoder.blocks("vision")[-1] = nn.Identity()
-    with pytest.raises(TypeError, match=r"expected blocks with nn.MultiheadAttention or LoRA in it, got NoneType"):
-        encode_with_attention(method_of(small_encoder), images)
+    tokens, found = encode_with_attention(method_of(small_encoder), images)
+    assert torch.equal(tokens, small_encoder.encode_tokens(images))
+    assert found is None
+    assert dense_recipes(small_encoder) == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_attention_of_every_family_is_that_of_its_class_token(name):
+    encoder = build(name)
+    images = images_for(encoder)
+    tokens, found = encode_with_attention(method_of(encoder), images)
+    assert torch.equal(tokens, encoder.encode_tokens(images))
+    if not encoder.num_prefix:
+        assert found is None
+        return
+    assert found.patches.shape == (len(images), *encoder.grid)
+    total = found.prefix.sum(dim=1) + found.patches.flatten(1).sum(dim=1)
+    torch.testing.assert_close(total, torch.ones(len(images)), rtol=0, atol=1e-5)
+    assert (found.patches > 0).all()
+
+
+def test_maps_of_a_recipe_are_of_its_tokens_and_leave_the_model_as_it_was(small_encoder, images):
+    method = method_of(small_encoder)
+    assert dense_recipes(small_encoder) == ["value", "sclip", "clearclip", "naclip"]
+    before = small_encoder.encode_tokens(images)
+    found = encode_densely(method, images, "clearclip")
+    dense = wrap(small_encoder.model, tokenizer=str, dense="clearclip")
+    assert torch.equal(found, dense.encode_tokens(images))
+    assert not torch.allclose(found[:, 1:], before[:, 1:], atol=1e-2)
+    assert small_encoder.dense == "none"
+    with pytest.raises(ValueError, match="expected `images` of shape"):
+        encode_densely(method, images[:, :, 1:], "value")
+    assert small_encoder.dense == "none"
 
 
 @pytest.mark.parametrize("size", [(28, 42), (71, 53), (53, 71), (200, 90)])

@@ -18,6 +18,7 @@ from czsl_heads.training.rows import BankPlan, Readout
 from czsl_heads.training.stage import Stage
 from czsl_heads.training.summary import numbers_of
 from czsl_heads.training.train import RECORD, evaluate_model, train_model
+from czsl_heads.training.trainer import check_trainer
 from tests.training.reference import NUMBERS, assert_same_numbers, reference_result
 
 pytestmark = pytest.mark.engine
@@ -270,3 +271,9 @@ def test_checkpoints_hold_trainable_parameters_only(aligned: Path, condensed: Pa
         state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         trained = {name for name in load_file(folder / WEIGHTS) if name.startswith(first)}
         assert {name.removeprefix("model.") for name in state} == trained
+
+
+def test_float16_weights_are_refused_before_anything_is_trained() -> None:
+    with pytest.raises(ValueError, match=r"expected `trainer.precision` that keeps trained weights out of float16, .*"):
+        check_trainer({"precision": "16-true", "accelerator": "cpu"})
+    assert check_trainer({"precision": "bf16-true", "accelerator": "cpu"}) == 1

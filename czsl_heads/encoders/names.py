@@ -1,0 +1,464 @@
+"""Names of CLIPs: what they look like, and how each is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from czsl_heads.encoders.clip import ClipEncoder, Dense, Tokenizer
+from czsl_heads.encoders.configurations import read_configuration
+from czsl_heads.encoders.open_clip import OpenClipEncoder
+from czsl_heads.encoders.tiny import RECORD, load_tiny
+
+ENCODERS = "czsl_heads.encoders"  # the group of entry points by which other packages bring encoders
+SCHEMES = ("hf", "hf-hub", "local-dir")
+WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".npz", ".npy")
+QUICK = "-quickgelu"  # how open_clip ends the name of an architecture that differs in its activation only
+_OPEN_CLIP_CONFIG = "open_clip_config.json"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_INSTALL = "pip install 'czsl-heads[transformers]'"
+_LONGEST = 160  # of what another library said
+_SHOWN = 6  # of the tags of an architecture
+_OF_NETWORK = {  # by the names of the errors of huggingface_hub and of Python
+    "GatedRepoError": "its owner has to grant access first",
+    "RepositoryNotFoundError": "no such repository",
+    "LocalEntryNotFoundError": "not there, and no network",
+    "OfflineModeIsEnabled": "not there, and no network",
+    "EntryNotFoundError": "no such file in the repository",
+    "URLError": "not there, and no network",
+}
+
+
+def load(name: str, *, tokenizer: Any = None, frozen: bool = True, dense: Dense = "none") -> ClipEncoder:
+    """The encoder that a name of this package stands for, in eval mode; :func:`czsl_heads.wrap` lists the forms.
+
+    The activation follows the pretraining of the weights, by these rules:
+
+    * A TAG says how its weights were trained, whether the architecture is asked for with ``-quickgelu`` or without.
+    * A file in OpenAI's own layout is QuickGELU, whatever the architecture is called.
+    * For any other file the ARCHITECTURE says it: ``"ViT-L-14:PATH"`` is GELU, ``"ViT-L-14-quickgelu:PATH"`` QuickGELU.
+      So the path alone is refused, and the message has both names.
+
+    How images are prepared follows the TAG, too, or the configuration of a ``hf:``, ``hf-hub:`` or ``local-dir:``
+    model. For a file it is what all tags of its architecture say, if they agree; else open_clip's default, which is
+    OpenAI's.
+
+    Args:
+        name: The name.
+        tokenizer: If there is one, no other is looked for.
+        frozen, dense: Of :class:`~czsl_heads.encoders.clip.ClipEncoder`.
+
+    Raises:
+        ValueError: The name is unknown, its weights cannot be had, or its architecture is not supported.
+        ModuleNotFoundError: A package is missing; the message has the extra that brings it.
+    """
+    head, colon, tail = name.partition(":")
+    if colon and not tail and head in (*SCHEMES, "tiny", *architectures()):
+        raise ValueError(f"expected `model_or_name` with something behind the colon, got {name!r}")
+    if head == "hf" and tail:
+        return _of_hugging_face(name, tokenizer=tokenizer, frozen=frozen, dense=dense)
+    if head == "tiny":
+        model, found = load_tiny(Path(tail).expanduser() if tail else None)
+    elif head in ("hf-hub", "local-dir") and tail:
+        model, found = _of_scheme(name, head, tail, tokenizer)
+    elif head in architectures():
+        model, found = _of_architecture(head, tail, tokenizer)
+    elif Path(name).expanduser().is_file():
+        model, found = _of_file(Path(name).expanduser()), None
+    else:
+        raise ValueError(_unknown(name))
+    return OpenClipEncoder(model.eval(), tokenizer=tokenizer or found, frozen=frozen, dense=dense)
+
+
+def absolute(name: str) -> str:
+    """The same name, with a path in it as an absolute one: a folder of results is used from other places, too."""
+    head, _, tail = name.partition(":")
+    known = head in architectures()
+    path, whole = (Path(text).expanduser() for text in (tail, name))
+    if tail and path.exists() and not (known and _home(head, tail)):
+        return f"{head}:{path.resolve()}"
+    if not known and head != "tiny" and brought(head) is None and whole.is_file():
+        return str(whole.resolve())
+    return name
+
+
+def brought(name: str) -> EntryPoint | None:
+    """The entry point by which another package brings an encoder of that name; None if none does."""
+    found = {entry.value: entry for entry in entry_points(group=ENCODERS) if entry.name == name}
+    if not found:
+        return None
+    own = ["this package"] if name in ("tiny", *SCHEMES, *architectures()) else []
+    if len(found) + len(own) > 1:
+        raise ValueError(f"expected one package that brings the encoder {name}, got {' and '.join([*own, *found])}")
+    return next(iter(found.values()))
+
+
+def architectures() -> list[str]:
+    """Those that open_clip knows."""
+    import open_clip
+
+    names: list[str] = open_clip.list_models()
+    return names
+
+
+def _check_architecture(name: str, config: Mapping[str, Any]) -> None:
+    """Raise ValueError unless an open_clip configuration is of a supported CLIP; nothing is built."""
+    reason = read_configuration(name, config).reason
+    if reason:
+        raise ValueError(f"expected an architecture whose patches can be compared with texts, got {name}: {reason}")
+
+
+def _plain(architecture: str) -> str:
+    return architecture.removesuffix(QUICK)
+
+
+def _home(architecture: str, tag: str) -> str | None:
+    """Under which of an architecture's two names open_clip knows a tag."""
+    import open_clip
+
+    names = (_plain(architecture), architecture)
+    return next((name for name in names if open_clip.get_pretrained_cfg(name, tag)), None)
+
+
+def _of_architecture(architecture: str, tail: str, tokenizer: Any) -> tuple[nn.Module, Tokenizer]:
+    """One of open_clip's architectures, and its tokenizer."""
+    import open_clip
+
+    home, path = _home(architecture, tail), Path(tail).expanduser()
+    if tail and not home and not path.is_file():
+        raise ValueError(_unknown_tag(architecture, tail))
+    config = open_clip.get_model_config(architecture)
+    _check_architecture(architecture, config)
+    tokenizer = tokenizer or _open_clip_tokenizer(architecture, config)
+    if home:
+        model = _tagged(home, tail)
+    elif tail:
+        model = _from_file(architecture, path)
+    else:
+        model = _random(architecture)
+    return model, tokenizer
+
+
+def _random(architecture: str, **options: Any) -> nn.Module:
+    """The same random weights each time, or no saved model would fit."""
+    import open_clip
+
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(0)
+        # A text tower of transformers is the one thing that it would download.
+        model: nn.Module = open_clip.create_model(architecture, pretrained=None, pretrained_text=False, **options)
+    return model
+
+
+def _tagged(architecture: str, tag: str) -> nn.Module:
+    import open_clip
+
+    said = open_clip.get_pretrained_cfg(architecture, tag)
+    quick = bool(said.get("quick_gelu", False))
+    by_path = f"{architecture}{QUICK if quick and not architecture.endswith(QUICK) else ''}:PATH"
+    remedy = f'they are downloaded once where there is a network; a copy of them is named "{by_path}"'
+    kept = Path("~/.cache/clip").expanduser() / Path(said.get("url", "")).name
+    if kept.is_file():
+        remedy += f'; "{architecture}:{kept}" is here'
+    with _told(f"weights of {architecture}:{tag} from {_source(said)}", remedy):
+        model: nn.Module = open_clip.create_model(architecture, pretrained=tag, force_quick_gelu=quick)
+    return model
+
+
+def _source(said: Mapping[str, Any]) -> str:
+    """Where open_clip looks for weights: first on this machine, then on the hub or at an address."""
+    if hub := said.get("hf_hub"):
+        return f"{_hub_cache()} or huggingface.co/{hub.rstrip('/')}"
+    return f"{Path('~/.cache/clip').expanduser()} or {said.get('url', 'nowhere')}"
+
+
+def _hub_cache() -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return str(HF_HUB_CACHE)
+
+
+def _from_file(architecture: str, path: Path) -> nn.Module:
+    """An architecture with the weights of a file."""
+    import open_clip
+
+    from czsl_heads.encoders.openai import NUMBERS, is_openai_state
+
+    state = None if path.suffix in (".npz", ".npy") else read_weights(path)
+    openai = state is not None and is_openai_state(state)
+    fitting = ", ".join(like for like, _ in _fitting(state or {})) or "no architecture of open_clip"
+    remedy = f"its sizes are those of {fitting}"
+    if not openai:
+        model = _random(architecture, force_preprocess_cfg=_agreed(architecture))
+        with _told(f"weights of {architecture} in {path}", remedy):
+            open_clip.load_checkpoint(model, str(path))
+        return model
+
+    assert state is not None
+    model = _random(_plain(architecture), force_quick_gelu=True)
+    with _told(f"weights of {architecture} in {path}", remedy):
+        model.load_state_dict({name: tensor for name, tensor in state.items() if name not in (*NUMBERS, "attn_mask")})
+    return model
+
+
+def _agreed(architecture: str) -> dict[str, Any]:
+    """How images are prepared, where all tags of an architecture say the same."""
+    import open_clip
+
+    home = _plain(architecture)
+    tags = {*open_clip.list_pretrained_tags_by_model(home), *open_clip.list_pretrained_tags_by_model(architecture)}
+    said = [open_clip.get_pretrained_cfg(_home(architecture, tag), tag) for tag in sorted(tags)]
+    ways = [
+        {name: each.get(name) for name in ("mean", "std", "interpolation", "resize_mode", "fill_color")}
+        for each in said
+    ]
+    return ways[0] if ways and all(way == ways[0] for way in ways) else {}
+
+
+def _of_file(path: Path) -> nn.Module:
+    """A file by itself, which must say what it is."""
+    from czsl_heads.encoders.openai import clip_of_openai_state, is_openai_state
+
+    state = read_weights(path)
+    if is_openai_state(state):
+        model: nn.Module = clip_of_openai_state(state)
+        return model
+    fitting = [
+        f'"{architecture}:{path}" ({"QuickGELU" if quick else "GELU"})' for architecture, quick in _fitting(state)
+    ]
+    which = " or ".join(fitting) or f'such as "ViT-L-14:{path}" or "ViT-L-14-quickgelu:{path}"'
+    raise ValueError(
+        f"expected `model_or_name` with the architecture of {path}, which does not say its activation: {which}, "
+        "got the path alone"
+    )
+
+
+def _fitting(state: Mapping[str, Tensor]) -> list[tuple[str, bool]]:
+    """The architectures of open_clip whose sizes are those of a file, and whether each has QuickGELU."""
+    import open_clip
+
+    shapes = {name.removeprefix("text."): tuple(tensor.shape) for name, tensor in state.items()}
+    wanted = ("visual.conv1.weight", "visual.positional_embedding", "visual.proj", "token_embedding.weight")
+    if any(name not in shapes for name in (*wanted, "positional_embedding")):
+        return []
+    found = []
+    for architecture in architectures():
+        config = open_clip.get_model_config(architecture)
+        vision, text = config["vision_cfg"], config["text_cfg"]
+        if "timm_model_name" in vision or "hf_model_name" in text or isinstance(vision["layers"], list):
+            continue
+        width, patch, size = vision["width"], vision.get("patch_size"), vision.get("image_size", 224)
+        expected = {
+            "visual.conv1.weight": (width, 3, patch, patch),
+            "visual.positional_embedding": ((size // patch) ** 2 + 1, width),
+            "visual.proj": (width, config["embed_dim"]),
+            "token_embedding.weight": (text.get("vocab_size", 49408), text.get("width", 512)),
+            "positional_embedding": (text.get("context_length", 77), text.get("width", 512)),
+        }
+        deepest = f"visual.transformer.resblocks.{vision['layers'] - 1}.ln_1.weight"
+        deeper = f"visual.transformer.resblocks.{vision['layers']}.ln_1.weight"
+        same = all(shapes[name] == shape for name, shape in expected.items())
+        if same and deepest in shapes and deeper not in shapes:
+            found.append((architecture, bool(config.get("quick_gelu", False))))
+    return found
+
+
+def read_weights(path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a file by their names; of a training checkpoint its ``state_dict``.
+
+    Files of tensors are read so that none of their content is run. A TorchScript archive, as OpenAI published its
+    CLIPs, is a program besides its weights: name one by its path only if you trust where it comes from.
+
+    Raises:
+        ValueError: There is no such file, or it does not hold tensors by names.
+    """
+    remedy = "a file whose download broke off has to be loaded again, and a checkpoint of other objects to be saved as"
+    with _told(f"weights of a CLIP in {path}", f"{remedy} its state dict alone"):
+        content = _content(path)
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(state, Mapping) or not state or not all(isinstance(each, Tensor) for each in state.values()):
+        raise ValueError(f"expected weights of a CLIP in {path}, by their names, got {type(state).__name__}")
+    if all(name.startswith("module.") for name in state):
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
+
+
+def _content(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    if is_torchscript(path):
+        from czsl_heads.encoders.openai import read_archive
+
+        return read_archive(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+
+
+def is_torchscript(path: Path) -> bool:
+    """True of an archive that ``torch.jit.save`` wrote, as OpenAI published its CLIPs."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _of_scheme(name: str, scheme: str, where: str, tokenizer: Any) -> tuple[nn.Module, Tokenizer]:
+    """open_clip's own folders, here or on the hub, which bring their configuration."""
+    import open_clip
+
+    if scheme == "local-dir":
+        place, remedy = where, f"the folder needs {_OPEN_CLIP_CONFIG} and a file of weights, as open_clip saves them"
+        if not (Path(where) / _OPEN_CLIP_CONFIG).is_file():
+            raise ValueError(
+                f"expected a folder with {_OPEN_CLIP_CONFIG} in `model_or_name`, got {name!r}{_of_folder(Path(where))}"
+            )
+    else:
+        place = f"{_hub_cache()} or huggingface.co/{where}"
+        remedy = 'it is downloaded once where there is a network; a copy of it is named "local-dir:DIR"'
+    with _told(f"the configuration of an open_clip model in {place}", remedy):
+        config = open_clip.get_model_config(name)
+        missing = [part for part in ("embed_dim", "vision_cfg", "text_cfg") if part not in config]
+    if missing:
+        raise ValueError(f"expected {name!r} with the configuration of an open_clip model, got none of {missing[0]}")
+    _check_architecture(name, config)
+    tokenizer = tokenizer or _open_clip_tokenizer(name, config)
+    with _told(f"weights of an open_clip model in {place}", remedy):
+        model = open_clip.create_model(name, require_pretrained=True)
+    return model, tokenizer
+
+
+def _open_clip_tokenizer(name: str, config: Mapping[str, Any]) -> Tokenizer:
+    import open_clip
+
+    home = config["text_cfg"].get("hf_tokenizer_name")
+    place = f" from {_hub_cache()} or huggingface.co/{home}" if home else ""
+    remedy = "it is downloaded once where there is a network; wrap(..., tokenizer=) takes another copy"
+    with _told(f"the tokenizer of {name}{place}", remedy):
+        tokenizer: Tokenizer = open_clip.get_tokenizer(name)
+    return tokenizer
+
+
+def _of_hugging_face(name: str, **options: Any) -> ClipEncoder:
+    """A model of transformers, here or on the hub."""
+    try:
+        from czsl_heads.encoders import hugging_face
+
+        return hugging_face.load(name, **options)
+    except ImportError as error:
+        raise _missing_transformers(repr(name)) from error
+
+
+def _unknown(name: str) -> str:
+    """What a name could have meant that is none."""
+    head, _, tail = name.partition(":")
+    path = Path(name)
+    asked = "expected `model_or_name` to be the name of a CLIP or the path of its weights"
+    if name and path.is_dir():
+        return f"{asked}, got {name!r}{_of_folder(path)}"
+    if path.suffix in WEIGHTS:
+        return f"{asked}, got {name!r}, which is no file"
+    hints = [f"{like}:{tail}" if tail and _home(like, tail) else like for like in _like(head)]
+    if _HUB_NAME.fullmatch(name) and not hints:
+        hints = [f"hf:{name}", f"hf-hub:{name}"]
+    hint = f"; did you mean {' or '.join(hints)}?" if hints else ""
+    return f"{asked}, got {name!r}{hint} (`czsl encoders` lists what there is)"
+
+
+def _like(head: str) -> list[str]:
+    """Names that are nearly this one; OpenAI writes ViT-L/14@336px for what open_clip calls ViT-L-14-336."""
+    others = {entry.name for entry in entry_points(group=ENCODERS)}
+    known = {name.lower(): name for name in ("tiny", *SCHEMES, *sorted(others), *architectures())}
+    spelled = head.lower().replace("/", "-").replace("@", "-").removesuffix("px")
+    if spelled in known:
+        return [known[spelled]]
+    return [known[close] for close in difflib.get_close_matches(spelled, known, n=3, cutoff=0.75)]
+
+
+def _unknown_tag(architecture: str, tag: str) -> str:
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(_plain(architecture))
+    known = ", ".join(tags[:_SHOWN]) or "none"
+    if len(tags) > _SHOWN:
+        known += f" and {len(tags) - _SHOWN} more"
+    path, hint = Path(tag), ""
+    if path.is_dir():
+        hint = _of_folder(path)
+    elif path.suffix in WEIGHTS:
+        hint = ", where there is no file"
+    elif close := difflib.get_close_matches(tag.lower().replace("-", "_"), tags, n=1):
+        hint = f"; did you mean {architecture}:{close[0]}?"
+    return (
+        f"expected `model_or_name` with a tag of {architecture} (one of {known}) or the path of a checkpoint, "
+        f"got {f'{architecture}:{tag}'!r}{hint}"
+    )
+
+
+def _of_folder(folder: Path) -> str:
+    """By which name a folder is asked for."""
+    if not folder.is_dir():
+        return ", where there is no folder"
+    schemes = {_OPEN_CLIP_CONFIG: "local-dir", RECORD: "tiny", "config.json": "hf"}
+    found = next((scheme for name, scheme in schemes.items() if (folder / name).is_file()), None)
+    return f'; that folder is "{found}:{folder}"' if found else ", a folder that holds no model"
+
+
+@contextmanager
+def _told(expected: str, remedy: str) -> Iterator[None]:
+    """Whatever another library raises, in one line: what was looked for, where, and how to get it."""
+    try:
+        with _quiet():
+            yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "transformers":
+            raise
+        raise _missing_transformers(expected) from error
+    except Exception as error:  # what they raise is not written down
+        raise ValueError(f"expected {expected}, got none that can be read ({_reason(error)}); {remedy}") from error
+
+
+def _missing_transformers(what: str) -> ModuleNotFoundError:
+    message = f"expected the package transformers for {what}, got none: {_INSTALL}"
+    return ModuleNotFoundError(message, name="transformers")
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a few words; most errors of other libraries are told in several lines."""
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return "it holds objects other than tensors"
+    link: BaseException | None = error
+    while link is not None:
+        kinds = [kind.__name__ for kind in type(link).__mro__]
+        for kind in kinds:
+            if kind in _OF_NETWORK:
+                return _OF_NETWORK[kind]
+        link = link.__cause__ or link.__context__
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip logs at the root what it then raises, and that random weights are random."""
+
+    def ours(record: logging.LogRecord) -> bool:
+        return f"{os.sep}open_clip{os.sep}" not in record.pathname
+
+    logging.root.addFilter(ours)
+    try:
+        yield
+    finally:
+        logging.root.removeFilter(ours)

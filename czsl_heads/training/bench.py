@@ -1,0 +1,169 @@
+"""What many CLIPs know of a data set before any training: one table, one protocol."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from czsl_heads._checks import check_choice
+from czsl_heads._files import whole_file
+from czsl_heads.data.layout import SPLITS, CompositionDataset
+from czsl_heads.encoders.digest import weights_digest
+from czsl_heads.encoders.wrap import wrap
+from czsl_heads.heads.sparse_align import Reduce
+from czsl_heads.models.recipe import HeadOptions, Recipe, build
+from czsl_heads.training.evaluate import Evaluation
+from czsl_heads.training.options import Options
+from czsl_heads.training.rows import Readout
+from czsl_heads.training.trainer import quiet, testing_trainer
+
+World = Literal["closed", "open"]
+COLUMNS = (
+    "encoder",
+    "align",
+    "auc",
+    "harmonic_mean",
+    "seen",
+    "unseen",
+    "attr_accuracy",
+    "obj_accuracy",
+    "auc_standard",
+    "split",
+    "world",
+    "images",
+    "pairs",
+    "seconds",
+    "parameters",
+    "dim",
+    "image_size",
+    "patches",
+    "digest",
+    "error",
+)
+_NUMBERS = ("auc", "harmonic_mean", "seen", "unseen", "attr_accuracy", "obj_accuracy")
+
+
+def bench(
+    encoders: Sequence[str],
+    dataset: CompositionDataset,
+    out: Path,
+    *,
+    aligns: Sequence[Reduce] = ("cls", "max"),
+    context: str = "a photo of",
+    topk: int = 4,
+    split: str = "test",
+    world: World = "closed",
+    batch_size: int = 64,
+    trainer: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Score CLIPs zero-shot on a split: their image feature, or all tokens, against a sentence of each pair.
+
+    ``bench.csv`` in ``out`` is written anew after each encoder, so that a later one that fails loses nothing.
+
+    Args:
+        encoders: Names that :func:`czsl_heads.wrap` takes.
+        dataset: Whose split is scored.
+        out: Folder for ``bench.csv``.
+        aligns: How images meet texts: ``"cls"``, the image feature, or a reduction over all tokens without parameters.
+        context: What stands before each pair.
+        topk: Tokens of ``"topk"``.
+        split: ``"train"``, ``"val"`` or ``"test"``.
+        world: The candidates: the data set's pairs, or every attribute with every object.
+        batch_size: Images at once.
+        trainer: Flags of Lightning's Trainer.
+
+    Returns:
+        A row for each encoder and way, by :data:`COLUMNS`: the exact protocol's numbers, ``auc_standard`` the field's.
+        An encoder that could not be loaded has one row with the reason as its ``error``.
+
+    Raises:
+        ValueError: No encoder, or an option is unknown.
+    """
+    if not encoders:
+        raise ValueError("expected `encoders` to name at least one, got none")
+    check_choice("split", split, SPLITS)
+    check_choice("world", world, ("closed", "open"))
+    for align in aligns:
+        check_choice("aligns", align, ("cls", "max", "topk", "logsumexp", "mean"))
+
+    rows: list[dict[str, Any]] = []
+    for name in encoders:
+        shared = {"encoder": name, "split": split, "world": world}
+        try:
+            encoder = wrap(name)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            rows.append({**shared, "error": " ".join(str(error).split())})
+            _write(rows, out / "bench.csv")
+            continue
+        shared |= _facts(encoder)
+        for align in aligns:
+            recipe = Recipe("clip", name, align, HeadOptions(topk=topk), model={"context": context})
+            method = build(recipe, dataset.space, encoder=encoder)
+            options = Options(eval_batch_size=batch_size, workers=0)
+            evaluation = Evaluation(method, dataset, options, {"zero-shot": Readout()}, split=split, worlds=(world,))
+            start = time.perf_counter()
+            with quiet():
+                testing_trainer(trainer or {}).test(evaluation, verbose=False)
+            seconds = time.perf_counter() - start
+            rows.append({**shared, "align": align, "seconds": round(seconds, 2), **_scores(evaluation, world)})
+        _write(rows, out / "bench.csv")
+    return rows
+
+
+def _facts(encoder: Any) -> dict[str, Any]:
+    rows, columns = encoder.grid
+    size = encoder.image_size
+    return {
+        "parameters": sum(parameter.numel() for parameter in encoder.parameters()),
+        "dim": encoder.dim,
+        "image_size": size if isinstance(size, int) else "x".join(map(str, size)),
+        "patches": rows * columns,
+        "digest": weights_digest(encoder)[:12],
+    }
+
+
+def _scores(evaluation: Evaluation, world: World) -> dict[str, Any]:
+    results = evaluation.results["zero-shot"][world]
+    exact, standard = results["exact"], results["standard"]
+    found = {name: round(getattr(exact, name), 6) for name in _NUMBERS}
+    images = len(evaluation.dataset.images(evaluation.split, evaluation.model.encoder.transform()))
+    counts = {"images": images, "pairs": len(evaluation.spaces[world])}
+    return {**found, "auc_standard": round(standard.auc, 6), **counts}
+
+
+def _write(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the exact AUC of each encoder, a bar for each way."""
+    from matplotlib.figure import Figure
+
+    scored = [row for row in rows if not row.get("error")]
+    names = list(dict.fromkeys(row["encoder"] for row in scored))
+    aligns = list(dict.fromkeys(row["align"] for row in scored))
+    height = 0.8 / max(1, len(aligns))
+
+    figure = Figure(figsize=(7, 1.2 + 0.35 * len(names) * max(1, len(aligns))), layout="constrained")
+    axis = figure.subplots()
+    for number, align in enumerate(aligns):
+        areas = {row["encoder"]: 100 * row["auc"] for row in scored if row["align"] == align}
+        places = [names.index(name) + (number - (len(aligns) - 1) / 2) * height for name in areas]
+        bars = axis.barh(places, list(areas.values()), height, label=align)
+        axis.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    world = scored[0]["world"] if scored else "closed"
+    axis.set(xlabel=f"AUC by the exact protocol, {world} world (%)", title="zero-shot, no training")
+    axis.grid(axis="x", alpha=0.3)
+    if len(aligns) > 1:
+        axis.legend(frameon=False)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=130)
