@@ -130,7 +130,7 @@ class BlockParts:
         >>> parts = BlockParts(wrap("tiny").blocks("vision")[0])
         >>> heads = parts.heads(parts.norm("attention", torch.zeros(2, 5, 128)))
         >>> parts.num_heads, heads.key.shape
-        (2, torch.Size([2, 5, 2, 64]))
+        (4, torch.Size([2, 5, 4, 32]))
     """
 
     def __init__(self, block: Any) -> None:

@@ -130,8 +130,6 @@ def test_maps_of_dense_patches_are_shown_beside_and_decide_nothing(model, batch,
     model.encoder.dense = "none"
     for index, finding in enumerate(found):
         torch.testing.assert_close(finding.maps["clearclip"].patches, expected.patches[index], rtol=0, atol=1e-6)
-    with pytest.raises(
-        ValueError, match="expected `dense` to be one of none, .*, naclip, got 'x'"
-    ):
+    with pytest.raises(ValueError, match=r"expected `dense` to be one of none, .*, naclip, got 'x'"):
         examine(model, batch[0], pairs, texts, dense=["x"])
     assert model.encoder.dense == "none"
