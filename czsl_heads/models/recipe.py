@@ -173,7 +173,9 @@ def build(recipe: Recipe, space: CompositionSpace, *, encoder: Any = None) -> Me
         >>> type(build(Recipe("sac", condenser=CondenserOptions()), space)).__name__
         'Condensed'
     """
-    encoder = wrap(recipe.encoder, dense=recipe.dense) if encoder is None else encoder
+    if encoder is None:
+        options: dict[str, Any] = {} if recipe.dense == "none" else {"dense": recipe.dense}
+        encoder = wrap(recipe.encoder, **options)
     dense = getattr(encoder, "dense", "none")
     if dense != recipe.dense:
         raise ValueError(f"expected `encoder` with dense={recipe.dense!r}, as the recipe says, got {dense!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from czsl_heads._checks import check_choice
 from czsl_heads._files import read_json, whole_file, write_json, write_text
 from czsl_heads.encoders.digest import differs, identity
+from czsl_heads.encoders.names import absolute
 from czsl_heads.models.card import NUMBERS, model_card
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
@@ -73,9 +75,10 @@ def save_model(model: Method, folder: Path) -> None:
     """
     check_built(model)
     assert model.recipe is not None
+    recipe = replace(model.recipe, encoder=absolute(model.recipe.encoder))  # the folder is used from other places, too
     content = {
         "czsl_heads": version("czsl-heads"),
-        "recipe": model.recipe.as_dict(),
+        "recipe": recipe.as_dict(),
         **identity(model.encoder, model.encoder_digest),
         "label_space": space_as_dict(model.space),
         "record": model.record,

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
+from open_clip.transformer import QuickGELU
 from safetensors.torch import load_file, save_file
 
 from baselines.clip import CLIP
@@ -232,6 +234,53 @@ def test_a_clip_of_other_weights_is_told(folder, monkeypatch):
     for read in (load, Condensed.from_pretrained):
         with pytest.raises(ValueError, match=r"the encoder 'tiny' that .*csp was trained on, got one of other"):
             read(folder)
+
+
+def test_a_clip_of_another_activation_is_told(folder, monkeypatch):
+    def other(name):
+        encoder = wrap(name)
+        for block in (*encoder.blocks("vision"), *encoder.blocks("text")):
+            block.mlp.gelu = QuickGELU()
+        return encoder
+
+    content = json.loads((folder / "config.json").read_text())
+    assert (content["encoder_container"], content["encoder_activation"]) == ("open_clip", "GELU")
+    monkeypatch.setattr(recipe, "wrap", other)
+    message = (
+        r"got one of other weights or kind \(open_clip, GELU, weights (\w+) there, open_clip, QuickGELU, weights \1"
+    )
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_a_folder_of_an_earlier_version_is_read(folder, images):
+    expected = load(folder).scores(images, PAIRS)
+    content = json.loads((folder / "config.json").read_text())
+    del content["encoder_container"], content["encoder_activation"], content["recipe"]["dense"]
+    (folder / "config.json").write_text(json.dumps(content))
+    assert torch.equal(load(folder).scores(images, PAIRS), expected)
+
+
+def test_a_path_of_a_clip_is_kept_from_the_root(images, tmp_path, monkeypatch):
+    shutil.copytree(files("czsl_heads.encoders") / "assets", tmp_path / "clip")
+    monkeypatch.chdir(tmp_path)
+    model = build(Recipe("csp", "tiny:clip"), make_space()).eval()
+    model.save_pretrained("saved")
+    monkeypatch.chdir("/")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "saved").scores(images, PAIRS), model.scores(images, PAIRS))
+
+
+def test_the_recipe_of_dense_patches_is_kept(images, tmp_path):
+    model = build(Recipe("clip", dense="clearclip"), make_space()).eval()
+    model.save_pretrained(tmp_path / "clip")
+    again = load(tmp_path / "clip")
+    assert again.encoder.dense == "clearclip"
+    with torch.no_grad():
+        scores = model.scores(images, PAIRS)
+        assert torch.equal(again.scores(images, PAIRS), scores)
+        plain = build(Recipe("clip"), make_space()).eval()
+        assert not torch.allclose(plain.scores(images, PAIRS), scores, atol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,16 @@
 import json
 import shutil
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from czsl_heads import wrap
 from czsl_heads.data import DataError
+from czsl_heads.encoders.digest import weights_digest
 from czsl_heads.models.saved import CONFIG
 from czsl_heads.training import folder
 from czsl_heads.training.config import configure, configure_model
@@ -153,3 +157,62 @@ def test_a_folder_that_cannot_be_had_is_named(configured, tmp_path: Path) -> Non
     with pytest.raises(DataError, match="expected the folder of a data set, got nothing"):
         open_folder(tmp_path / "out", configured("clip", data=str(tmp_path / "absent")))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def other_clip(folder: Path) -> None:
+    """One weight of a CLIP in a folder, changed."""
+    weights = load_file(folder / "tiny_clip.safetensors")
+    weights["logit_scale"] += 1e-3
+    save_file(weights, folder / "tiny_clip.safetensors")
+
+
+def test_the_clip_is_recorded_and_another_one_is_refused(configured, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(str(files("czsl_heads.encoders") / "assets"), tmp_path / "clip")
+    monkeypatch.chdir(tmp_path)
+    config, out = configured("clip", by=configure_model, encoder="tiny:clip"), tmp_path / "out"
+    open_folder(out, config)
+    content = json.loads((out / CONFIG).read_text())
+    assert content["encoder"] == f"tiny:{tmp_path / 'clip'}"
+    assert (content["encoder_container"], content["encoder_activation"]) == ("open_clip", "GELU")
+    assert content["encoder_digest"] == weights_digest(wrap("tiny:clip"))
+
+    monkeypatch.chdir("/")
+    open_folder(out, config)  # the same one, from another place
+    other_clip(tmp_path / "clip")
+    before = modified(out)
+    message = r"expected `out` to be new or of the same encoder 'tiny:.*clip', got .*out of another \(open_clip, GELU"
+    with pytest.raises(ValueError, match=message):
+        open_folder(out, config)
+    assert modified(out) == before
+
+
+def test_a_clip_that_cannot_be_had_is_told_before_an_image_is_decoded(configured, tmp_path: Path, monkeypatch) -> None:
+    def decode(dataset) -> None:
+        raise AssertionError("an image was decoded")
+
+    monkeypatch.setattr(folder, "_decode_all", decode)
+    (tmp_path / "half.pt").write_bytes(b"PK\x03\x04 and nothing else")
+    for encoder in ("ViT-B-32-quickgelu:openai", f"ViT-B-32:{tmp_path / 'half.pt'}", "hf:nobody/nothing", "ViT-B-99"):
+        with pytest.raises(ValueError, match="expected") as raised:
+            open_folder(tmp_path / "out", configured("clip", by=configure_model, encoder=encoder))
+        assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_with_dense_patches_is_tried_with_them(configured, tmp_path: Path) -> None:
+    changes = {"options": {"dense": "naclip"}}
+    open_folder(tmp_path / "out", configured("clip", by=configure_model, **changes))
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["options"]["dense"] == "naclip"
+    with pytest.raises(ValueError, match="expected `dense` to be one of none, value, sclip, clearclip, naclip, got"):
+        configured("clip", by=configure_model, options={"dense": "maskclip"})
+
+
+def test_a_folder_of_an_earlier_version_is_taken_up(configured, tmp_path: Path) -> None:
+    config, out = configured("clip", by=configure_model), tmp_path / "out"
+    open_folder(out, config)
+    content = json.loads((out / CONFIG).read_text())
+    recorded = {name: content.pop(name) for name in ("encoder_container", "encoder_activation", "encoder_digest")}
+    del content["options"]["dense"]
+    (out / CONFIG).write_text(json.dumps(content))
+    open_folder(out, config)
+    assert json.loads((out / CONFIG).read_text()).items() >= recorded.items()
