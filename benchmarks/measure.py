@@ -24,13 +24,18 @@ def time_in_turn(rivals: dict[str, Callable[[], object]], *, rounds: int = 5) ->
 
     In turn, because a noisy machine is then slow for all; so compare the figures of one call only. CUDA is waited for.
     """
+    return {name: median(values) for name, values in seconds_in_turn(rivals, rounds=rounds).items()}
+
+
+def seconds_in_turn(rivals: dict[str, Callable[[], object]], *, rounds: int = 5) -> dict[str, list[float]]:
+    """The seconds of each round, as in :func:`time_in_turn`; those of one round belong together."""
     for run in rivals.values():
         _seconds(run)
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for _ in range(rounds):
         for name, run in rivals.items():
             seconds[name].append(_seconds(run))
-    return {name: median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def _seconds(run: Callable[[], object]) -> float:

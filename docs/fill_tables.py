@@ -5,6 +5,7 @@ A table, or one number in a line, stands between ``<!-- NAME -->`` and ``<!-- en
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from czsl_heads._files import write_text
 from czsl_heads._numbers import fraction, interval, markdown_table, percent
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))  # for the families of tests/encoders, wherever this is run from
 BENCHMARKS = DOCS.parent / "benchmarks" / "results"
 RUNS = {
     "imbalance 0": "imbalance-0.0",
@@ -409,7 +411,158 @@ def _sizes(row: dict[str, Any]) -> str:
     return f"{samples:,} x {pairs:,}"
 
 
+POOLED = {  # by transformers, whose configurations do not say it
+    "SiglipModel": "attention",
+    "Siglip2Model": "attention",
+}
+
+
+def families_table() -> str:
+    """What works on each family, by trying it on a small random model of the real class."""
+    from tests.encoders.families import FAMILIES
+    from tests.encoders.hugging_face import KINDS
+
+    cells = []
+    for name, make in FAMILIES.items():
+        arguments = make.args  # type: ignore[attr-defined]
+        feature = POOLED.get(name, "class token") if name in KINDS else _pool_of(name)
+        title = f"`{name}` of transformers" if name in KINDS else f"{name} (`{arguments[0]}`)"
+        cells.append([title, feature, *_abilities(name)])
+    headings = [
+        "",
+        "image feature from",
+        "before the patches",
+        "LoRA, both towers",
+        "shared prefix",
+        "dense recipes",
+        "other sizes",
+        "patch dropout",
+        "Troika's adapters",
+        "logit bias",
+    ]
+    return markdown(headings, cells)
+
+
+def _pool_of(name: str) -> str:
+    from czsl_heads.encoders.timm_towers import POOLS
+    from tests.encoders.families import build
+
+    vision = build(name).vision.visual
+    if hasattr(vision, "trunk"):
+        return POOLS[vision.trunk.global_pool].removeprefix("the ")
+    return "class token" if vision.pool_type == "tok" else "mean of patches"
+
+
+def _abilities(name: str) -> list[str]:
+    """Tokens before the patches, and whether each part can be used."""
+    from czsl_heads import add_lora
+    from czsl_heads.adapters.bottleneck import add_bottlenecks
+    from czsl_heads.adapters.patch_drop import drop_patches
+    from czsl_heads.prompts.prefix import obstacle
+    from czsl_heads.report.maps import dense_recipes
+    from tests.encoders.families import build
+
+    matrices = ("q", "k", "v", "o", "fc", "proj")
+    encoder = build(name)
+    rows, columns = encoder.grid
+    height, width = encoder.vision.image_size
+    larger = (height // rows * (rows + 1), width // columns * (columns + 1))
+    tried = {
+        "lora": lambda: [add_lora(build(name), matrices=matrices, tower=tower) for tower in ("vision", "text")],
+        "size": lambda: build(name).vision.resize(larger),
+        "patch dropout": lambda: drop_patches(build(name), 0.5),
+        "bottlenecks": lambda: add_bottlenecks(build(name)),
+    }
+    found = {ability: _works(attempt) for ability, attempt in tried.items()}
+    prefix = "yes" if obstacle(encoder) is None else "not causal"
+    dense = f"all {len(dense_recipes(encoder))}"
+    bias = "no" if encoder.logit_bias is None else "yes"
+    return [
+        str(encoder.num_prefix),
+        found["lora"],
+        prefix,
+        dense,
+        found["size"],
+        found["patch dropout"],
+        found["bottlenecks"],
+        bias,
+    ]
+
+
+def _works(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except (TypeError, ValueError):
+        return "no"
+    return "yes"
+
+
+def configurations_table() -> str:
+    """How many of open_clip's configurations are taken, and why the others are not."""
+    from czsl_heads.encoders.configurations import read_configurations
+
+    groups: dict[tuple[str, str], list[str]] = {}
+    for each in read_configurations():
+        key = ("", each.reason) if each.reason else (each.family, "")
+        groups.setdefault(key, []).append(each.name)
+    cells = []
+    for (family, reason), names in sorted(groups.items(), key=lambda item: (item[0][1] != "", -len(item[1]))):
+        cells.append([family or f"none: {reason}", str(len(names)), f"`{names[0]}`"])
+    return markdown(["", "configurations", "such as"], cells)
+
+
+def throughput_table() -> str:
+    cells = []
+    for name, found in benchmark("encoders-cpu")["encoders"].items():
+        low, high = found["quartiles"]
+        cells.append(
+            [
+                name,
+                found["pool"],
+                str(found["patches"]),
+                f"{100 * found['extra_flops']:.2f} %",
+                f"{found['time_ratio']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+            ]
+        )
+    headings = ["", "pools", "patches", "extra operations", "time, all tokens / own feature", "quartiles"]
+    return markdown(headings, cells)
+
+
+def dense_table() -> str:
+    found = benchmark("dense_tokens")
+    cells = []
+    for recipe, row in found["recipes"].items():
+        pointing = [percent({"mean": part["share"], "std": part["error"]}) for part in row["pointing"].values()]
+        parts = row["patches"], row["all"]
+        aucs = [f"{100 * part['auc']:.1f}" for part in parts]
+        words = [f"{100 * row['patches'][name]:.1f}" for name in ("attr_accuracy", "obj_accuracy")]
+        cells.append([f'`"{recipe}"`', *pointing, *aucs, *words])
+    feature = found["image_feature"]
+    of_feature = (feature["auc"], feature["attr_accuracy"], feature["obj_accuracy"])
+    auc, *accuracies = (f"{100 * number:.1f}" for number in of_feature)
+    cells.append(["image feature alone", "-", "-", "-", auc, *accuracies])
+    chance = [f"{100 * share:.1f}" for share in found["chance"].values()]
+    cells.append(["a patch drawn at random", *chance, "-", "-", "-", "-"])
+    headings = [
+        "",
+        "points, centre of patch (%)",
+        "points, any pixel (%)",
+        "AUC, patches",
+        "AUC, all tokens",
+        "attribute",
+        "object",
+    ]
+    return markdown(headings, cells)
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "encoders.md": {
+        "families": families_table,
+        "configurations": configurations_table,
+        "throughput": throughput_table,
+        "dense": dense_table,
+    },
     "shapes_results.md": {
         "closed": lambda: rows_table("closed"),
         "open": lambda: rows_table("open"),

@@ -340,22 +340,3 @@ def test_a_bias_of_one_dimension_is_a_scalar_too():
     encoder = OpenClipEncoder(model, tokenizer=Letters(20, 120))
     assert encoder.logit_bias.shape == encoder.logit_scale.shape == ()
     assert encoder.logit_bias.item() == -3.0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "patches", "dim"), [("ViT-L-14-quickgelu", 256, 768), ("ViT-B-16-SigLIP", 196, 768)])
-def test_at_its_true_size_it_does_what_the_container_does(name, patches, dim, generator):
-    config = open_clip.get_model_config(name)
-    kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-    torch.manual_seed(0)
-    model = kind(**config).eval()
-    text = config["text_cfg"]
-    tokenizer = Letters(text["context_length"], text["vocab_size"], sos=text.get("pool_type") != "last")
-    encoder = OpenClipEncoder(model, tokenizer=tokenizer)
-    images = torch.randn(2, 3, 224, 224, generator=generator)
-    with torch.no_grad():
-        tokens = encoder.encode_tokens(images)
-        assert tokens.shape == (2, 1 + patches, dim)
-        torch.testing.assert_close(tokens[:, 0], model.encode_image(images), rtol=0, atol=1e-5)
-        texts = ["red circle", "a dog"]
-        torch.testing.assert_close(encoder.encode_texts(texts), model.encode_text(tokenizer(texts)), rtol=0, atol=1e-5)
