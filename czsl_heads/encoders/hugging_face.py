@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from czsl_heads.encoders.clip import ClipEncoder, Dense, Tokenizer
+from czsl_heads.encoders.hub import asked_once
 from czsl_heads.encoders.hugging_face_towers import (
     ClipText,
     ClipVision,
@@ -318,7 +319,8 @@ def _read(kind: Any, where: str, file: str, **options: Any) -> Any:
     """``kind.from_pretrained``; ValueError in one line that says what was looked for, where, and how to get it."""
     folder = Path(where).expanduser()
     try:
-        return kind.from_pretrained(str(folder) if folder.is_dir() else where, **options)
+        with asked_once():
+            return kind.from_pretrained(str(folder) if folder.is_dir() else where, **options)
     except Exception as error:  # of more kinds than can be listed: of the hub, of safetensors, of configurations
         reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
         raise ValueError(f"expected {file} {_how_to_get(where, folder)} ({reason})") from error

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from czsl_heads.encoders.clip import ClipEncoder, Dense, Tokenizer
 from czsl_heads.encoders.configurations import read_configuration
+from czsl_heads.encoders.hub import asked_once
 from czsl_heads.encoders.open_clip import OpenClipEncoder
 from czsl_heads.encoders.tiny import RECORD, load_tiny
 
@@ -420,7 +421,7 @@ def _of_folder(folder: Path) -> str:
 def _told(expected: str, remedy: str) -> Iterator[None]:
     """Whatever another library raises, in one line: what was looked for, where, and how to get it."""
     try:
-        with _quiet():
+        with _quiet(), asked_once():
             yield
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "transformers":

@@ -164,6 +164,6 @@ def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axis.set(xlabel=f"AUC by the exact protocol, {world} world (%)", title="zero-shot, no training")
     axis.grid(axis="x", alpha=0.3)
     if len(aligns) > 1:
-        axis.legend(frameon=False)
+        figure.legend(frameon=False, loc="outside right upper")
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=130)
