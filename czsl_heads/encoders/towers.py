@@ -45,9 +45,9 @@ class VisionTower(ABC):
         """The residual blocks, first to last; items may be replaced in place."""
 
     @property
-    @abstractmethod
     def dtype(self) -> torch.dtype:
-        """That of the weights which images meet first."""
+        """That of the weights which images meet first; here of the first block."""
+        return next(self.blocks.parameters()).dtype
 
     def resize(self, image_size: tuple[int, int]) -> None:
         """Take images of another size from now on, by interpolated positions; ValueError if the tower cannot."""

@@ -84,6 +84,8 @@ def bench(
     """
     if not encoders:
         raise ValueError("expected `encoders` to name at least one, got none")
+    if not all(encoders):
+        raise ValueError(f"expected `encoders` to be names, got an empty one in {', '.join(map(repr, encoders))}")
     check_choice("split", split, SPLITS)
     check_choice("world", world, ("closed", "open"))
     for align in aligns:

@@ -69,6 +69,7 @@ def test_an_encoder_that_fails_is_told_and_loses_no_other(
 def test_wrong_options_are_told(dataset: CompositionDataset, tmp_path: Path) -> None:
     for options, message in (
         ({"encoders": []}, "expected `encoders` to name at least one, got none"),
+        ({"encoders": ["tiny", ""]}, "expected `encoders` to be names, got an empty one in 'tiny', ''"),
         ({"split": "all"}, "expected `split` to be one of train, val, test, got 'all'"),
         ({"aligns": ["attention"]}, "expected `aligns` to be one of cls, max, topk, logsumexp, mean, got 'attention'"),
     ):
