@@ -37,6 +37,8 @@ class ClipEncoder(nn.Module):
         TypeError: ``dense`` is not ``"none"``, and the blocks of the vision tower are of an unknown kind.
     """
 
+    resized_to: tuple[int, int] | None = None  # the size that wrap was asked for, if that is not the model's own
+
     def __init__(
         self,
         model: nn.Module,

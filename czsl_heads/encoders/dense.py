@@ -13,8 +13,10 @@ size, and the output projection :math:`W_o`:
   :math:`G_{ij} = \exp(-|i - j|^2 / 2\sigma^2)` over the grid, :math:`\sigma = 5`, and zero wherever a token of the
   prefix is concerned. No residual, no MLP.
 
-What else the block has there stays: layer scale, normalised or turned queries and keys, gates, adapters. Where there is
-no residual, stochastic depth is left out, which would leave nothing.
+What else the block has there stays: layer scale, normalised or turned queries and keys, gates, adapters in what is run.
+Adapters beside the attention read the stream and go with the residual. Patches then teach nothing to what they do not
+read: ``"value"`` leaves out queries and keys, ``"clearclip"`` keys, ``"naclip"`` queries, and all three the MLP. Where
+there is no residual, stochastic depth is left out, which would leave nothing.
 
 References:
     Zhou, Loy and Dai, Extract free dense labels from CLIP, ECCV 2022 (MaskCLIP: ``"value"``). Wang, Mei and Yuille,

@@ -112,6 +112,10 @@ class ViT(VisionTower):
         return blocks
 
     @property
+    def pools_class_token(self) -> bool:
+        return bool(self.visual.pool_type == "tok")
+
+    @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.visual.conv1.weight.dtype
         return dtype

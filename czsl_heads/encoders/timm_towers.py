@@ -102,6 +102,10 @@ class TimmTower(VisionTower):
         return cast(nn.ModuleList, self.visual.trunk.blocks)
 
     @property
+    def pools_class_token(self) -> bool:
+        return bool(self.visual.trunk.global_pool == "token")
+
+    @property
     def dtype(self) -> torch.dtype:
         first: Tensor = next(iter(self.visual.trunk.patch_embed.parameters()))
         return first.dtype
@@ -239,10 +243,12 @@ def normalised_as_their_mean(tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def check_image_size(image_size: Any, per_patch: tuple[int, int]) -> tuple[int, int]:
-    """Height and width; TypeError or ValueError unless they are integers, with room for at least one patch."""
+    """Height and width; TypeError or ValueError unless they are integers, and whole patches, at least one."""
     if not isinstance(image_size, tuple) or len(image_size) != 2:
         raise TypeError(f"expected `image_size` to be (height, width), got {image_size!r}")
     for size, least in zip(image_size, per_patch):
         check_integer("image_size", size, least)
+        if size % least:
+            raise ValueError(f"expected `image_size` in multiples of the patches {per_patch}, got {image_size}")
     height, width = image_size
     return int(height), int(width)

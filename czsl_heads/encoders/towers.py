@@ -45,6 +45,11 @@ class VisionTower(ABC):
         """The residual blocks, first to last; items may be replaced in place."""
 
     @property
+    def pools_class_token(self) -> bool:
+        """True if the image feature is made of the first token alone."""
+        return self.num_prefix > 0
+
+    @property
     def dtype(self) -> torch.dtype:
         """That of the weights which images meet first; here of the first block."""
         return next(self.blocks.parameters()).dtype

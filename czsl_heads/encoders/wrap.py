@@ -73,11 +73,20 @@ def wrap(
     if isinstance(model_or_name, str):
         head, _, tag = model_or_name.partition(":")
         if entry := names.brought(head):
-            return wrap(entry.load()(tag).eval(), image_size=size, **options)
+            return _brought(entry.load()(tag).eval(), size, options)
         return _resized(names.load(model_or_name, **options), size)
     if isinstance(model_or_name, nn.Module) and _is_encoder(model_or_name):
         return _as_it_is(model_or_name, frozen, dense=dense, tokenizer=tokenizer, image_size=image_size)
     return _resized(_wrapped(model_or_name, options), size)
+
+
+def _brought(model: Any, size: tuple[int, int] | None, options: dict[str, Any]) -> Any:
+    """What another package's entry point gave, as it was asked for by name."""
+    if not isinstance(model, ClipEncoder):
+        return wrap(model, image_size=size, **options)
+    model.dense = options["dense"]
+    whole = wrap(model, frozen=options["frozen"], tokenizer=options["tokenizer"])
+    return _resized(whole, size)
 
 
 def _wrapped(model: Any, options: dict[str, Any]) -> ClipEncoder:
@@ -129,6 +138,7 @@ def _size(image_size: Any) -> tuple[int, int]:
 def _resized(encoder: ClipEncoder, size: tuple[int, int] | None) -> ClipEncoder:
     if size is not None and size != encoder.vision.image_size:
         encoder.vision.resize(size)
+        encoder.resized_to = size
         encoder.preprocess = replace(encoder.preprocess, size=size)
     return encoder
 

@@ -27,6 +27,7 @@ from czsl_heads.space import CompositionSpace
 
 # Of a method's constructor, but decided by the recipe itself.
 DECIDED = ("encoder", "space", "align", "primitives", "checkpoint")
+OF_WRAP = {"dense": "none", "image_size": None}  # arguments of wrap that a recipe has, and their defaults
 OF_CONDENSED = ("alpha", "beta", "gamma", "direction", "joint")
 Plain = TypeVar("Plain")
 
@@ -125,7 +126,7 @@ class Recipe:
         condenser: The condenser behind the method; None: none.
         bank: The memory bank that may stand behind the condenser.
         alpha, beta, gamma, direction, joint: Of :class:`~czsl_heads.models.condensed.Condensed`.
-        dense: What the last block does to the patch tokens, as :func:`czsl_heads.wrap` takes it.
+        dense, image_size: As :func:`czsl_heads.wrap` takes them.
     """
 
     method: str
@@ -144,10 +145,13 @@ class Recipe:
     direction: Direction = "reverse"
     joint: bool = False
     dense: Dense = "none"
+    image_size: int | tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check_choice("align", self.align, get_args(Reduce))
         check_choice("dense", self.dense, get_args(Dense))
+        if isinstance(self.image_size, list):  # as JSON has it
+            object.__setattr__(self, "image_size", tuple(self.image_size))
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, as plain values."""
@@ -166,7 +170,8 @@ def build(recipe: Recipe, space: CompositionSpace, *, encoder: Any = None) -> Me
         The method, or :class:`~czsl_heads.models.condensed.Condensed` around it; it knows its recipe, and can be saved.
 
     Raises:
-        TypeError, ValueError: A name is unknown, or an option is wrong; ``encoder`` has another ``dense``.
+        TypeError, ValueError: A name is unknown, or an option is wrong; ``encoder`` was wrapped otherwise than the
+            recipe says.
 
     Example:
         >>> space = CompositionSpace(["red"], ["circle"], seen=[("red", "circle")])
@@ -174,11 +179,9 @@ def build(recipe: Recipe, space: CompositionSpace, *, encoder: Any = None) -> Me
         'Condensed'
     """
     if encoder is None:
-        options: dict[str, Any] = {} if recipe.dense == "none" else {"dense": recipe.dense}
-        encoder = wrap(recipe.encoder, **options)
-    dense = getattr(encoder, "dense", "none")
-    if dense != recipe.dense:
-        raise ValueError(f"expected `encoder` with dense={recipe.dense!r}, as the recipe says, got {dense!r}")
+        asked = {name: getattr(recipe, name) for name, default in OF_WRAP.items() if getattr(recipe, name) != default}
+        encoder = wrap(recipe.encoder, **asked)
+    check_wrapped(encoder, recipe)
     digest, given = weights_digest(encoder), {id(tensor) for tensor in encoder.state_dict(keep_vars=True).values()}
     put_in(encoder, recipe)
     method = _method(recipe, encoder, space)
@@ -193,6 +196,19 @@ def build(recipe: Recipe, space: CompositionSpace, *, encoder: Any = None) -> Me
     model.recipe, model.encoder_digest = recipe, digest
     model.learned = [*(f"method.{name}" for name in method.learned), *of_condenser]
     return model
+
+
+def check_wrapped(encoder: Any, recipe: Recipe) -> None:
+    """Raise ValueError if an encoder was wrapped otherwise than its recipe says: it would not come back so."""
+    sizes = {"dense": getattr(encoder, "dense", "none"), "image_size": getattr(encoder, "resized_to", None)}
+    wanted = {"dense": recipe.dense, "image_size": _pair(recipe.image_size)}
+    for name, got in sizes.items():
+        if got != wanted[name]:
+            raise ValueError(f"expected `encoder` with {name}={wanted[name]!r}, as the recipe says, got {got!r}")
+
+
+def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else size
 
 
 def put_in(encoder: Encoder, recipe: Recipe) -> None:

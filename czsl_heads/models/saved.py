@@ -21,7 +21,7 @@ from czsl_heads.encoders.names import absolute
 from czsl_heads.models.card import NUMBERS, model_card
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
-from czsl_heads.models.recipe import OF_CONDENSED, Recipe, build, from_plain, new_bank
+from czsl_heads.models.recipe import OF_CONDENSED, Recipe, build, check_wrapped, from_plain, new_bank
 from czsl_heads.space import CompositionSpace
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -97,6 +97,7 @@ def check_built(model: Method) -> None:
     recipe = model.recipe
     if recipe is None:
         raise ValueError("expected a model of a Recipe (czsl_heads.models.recipe.build), got one made by hand")
+    check_wrapped(model.encoder, recipe)
     if not isinstance(model, Condensed):
         return
     for name in OF_CONDENSED:

@@ -71,12 +71,13 @@ def encode_with_attention(model: Method, images: Tensor) -> tuple[Any, TokenMap 
 
     Returns:
         What the method encodes, and the map; all of its numbers for one image sum to one, and the shares of registers
-        count among those of [CLS]. None in place of the map if the tower has no class token, or a block of another kind
-        than :class:`~czsl_heads.encoders.blocks.BlockParts` knows.
+        count among those of [CLS]. None in place of the map if no class token is pooled, or the last block is of
+        another kind than :class:`~czsl_heads.encoders.blocks.BlockParts` knows.
     """
     encoder = model.encoder
     block: Any = encoder.blocks("vision")[-1]
-    if not encoder.num_prefix or cannot_run_in_parts(block):
+    pools = encoder.vision.pools_class_token if isinstance(encoder, ClipEncoder) else encoder.num_prefix > 0
+    if not pools or cannot_run_in_parts(block):
         return model.encode(images), None
 
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

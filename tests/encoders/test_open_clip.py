@@ -400,7 +400,7 @@ def test_any_other_vision_tower_raises(small_clip_factory):
 
 
 @pytest.mark.parametrize("pool_type", ["tok", "avg"])
-@pytest.mark.parametrize("size", [(42, 42), (28, 63), (30, 45)])
+@pytest.mark.parametrize("size", [(42, 42), (28, 63), (28, 49)])
 def test_another_size_equals_open_clip_loading_the_same_weights(
     small_clip_factory, tmp_path, size, pool_type, generator
 ):

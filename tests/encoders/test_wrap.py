@@ -246,3 +246,17 @@ def test_a_compiled_encoder_is_known_by_what_it_passes_on(small_encoder, monkeyp
     compiled = torch.compile(small_encoder, backend="eager")
     monkeypatch.setattr(type(Encoder), "__instancecheck__", lambda protocol, value: False)
     assert wrap(compiled) is compiled
+
+
+def test_the_encoder_of_another_package_is_asked_for_with_options(small_clip_factory, monkeypatch):
+    entry = SimpleNamespace(
+        name="mine", value="a:b", load=lambda: lambda tag: wrap(small_clip_factory(), tokenizer=str)
+    )
+    monkeypatch.setattr(names, "entry_points", lambda group: [entry])
+    encoder = wrap("mine", dense="clearclip", image_size=(28, 28))
+    assert (encoder.dense, encoder.image_size, encoder.grid) == ("clearclip", 28, (4, 4))
+
+
+def test_a_size_that_patches_do_not_fill_raises(small_clip_factory):
+    with pytest.raises(ValueError, match=r"expected `image_size` in multiples of the patches \(7, 7\), got \(28, 30\)"):
+        wrap(small_clip_factory(), tokenizer=str, image_size=(28, 30))

@@ -124,7 +124,10 @@ def test_values_that_are_not_named_are_defaults():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"colour": 1}, "expected `recipe` to be one of method, encoder, align, head, .*, joint, dense, got 'colour'"),
+        (
+            {"colour": 1},
+            "expected `recipe` to be one of method, encoder, align, head, .*, joint, dense, image_size, got 'colour'",
+        ),
         ({"head": {"k": 1}}, "expected `recipe.head` to be one of topk, temperature, .*, got 'k'"),
         ({"lora": {"ranks": 1}}, "expected `recipe.lora` to be one of rank, alpha, .*, got 'ranks'"),
         ({"condenser": {"width": 1}}, "expected `recipe.condenser` to be one of depth, dropout, got 'width'"),

@@ -271,6 +271,25 @@ def test_a_path_of_a_clip_is_kept_from_the_root(images, tmp_path, monkeypatch):
         assert torch.equal(load(tmp_path / "saved").scores(images, PAIRS), model.scores(images, PAIRS))
 
 
+def test_another_size_of_images_is_kept_and_nothing_else_is_saved_in_silence(tmp_path):
+    small = build(Recipe("clip", image_size=64), make_space()).eval()
+    small.save_pretrained(tmp_path / "clip")
+    again = load(tmp_path / "clip")
+    assert (again.encoder.image_size, again.encoder.grid) == (64, (8, 8))
+    larger = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(again.scores(larger, PAIRS), small.scores(larger, PAIRS))
+
+    message = r"expected `encoder` with image_size=None, as the recipe says, got \(64, 64\)"
+    with pytest.raises(ValueError, match=message):
+        build(Recipe("clip"), make_space(), encoder=wrap("tiny", image_size=64))
+    model = build(Recipe("clip"), make_space())
+    model.encoder.dense = "clearclip"
+    with pytest.raises(ValueError, match="expected `encoder` with dense='none', as the recipe says, got 'clearclip'"):
+        model.save_pretrained(tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
 def test_the_recipe_of_dense_patches_is_kept(images, tmp_path):
     model = build(Recipe("clip", dense="clearclip"), make_space()).eval()
     model.save_pretrained(tmp_path / "clip")
