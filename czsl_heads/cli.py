@@ -304,7 +304,8 @@ def bench(
     from czsl_heads.training.bench import bench as score
     from czsl_heads.training.bench import plot_bench
 
-    names, aligns = encoders.split(","), cast(list[Any], align.split(","))
+    names = [name.strip() for name in encoders.split(",")]
+    aligns = cast(list[Any], align.split(","))
     options: dict[str, Any] = {"split": split, "world": world, "context": context, "topk": topk}
     with _writable("out", out):
         rows = score(names, read_dataset(data), out, aligns=aligns, batch_size=batch_size, trainer=trainer, **options)

@@ -32,14 +32,24 @@ def container(encoder: Any) -> str:
 
 
 def activations(encoder: Any) -> str:
-    """The kinds of activation in an encoder, as classes: two CLIPs of equal weights may differ in nothing else.
+    """The kinds of activation in an encoder: two CLIPs of equal weights may differ in nothing else.
+
+    They are named as what they compute, for packages and their versions give one function several names.
 
     Example:
         >>> activations(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.GELU()))
         'GELU'
     """
-    kinds = {type(module).__name__ for module in encoder.modules()}
-    return ", ".join(sorted(kind for kind in kinds if "GELU" in kind))
+    kinds = {_activation(module) for module in encoder.modules() if "GELU" in type(module).__name__}
+    return ", ".join(sorted(kinds))
+
+
+def _activation(module: Any) -> str:
+    name = type(module).__name__
+    if "Quick" in name:
+        return "QuickGELU"
+    by_tanh = "Tanh" in name or "New" in name or getattr(module, "approximate", "none") == "tanh"
+    return "GELU by tanh" if by_tanh else "GELU"
 
 
 def identity(encoder: Any, digest: str) -> dict[str, str]:
@@ -47,6 +57,7 @@ def identity(encoder: Any, digest: str) -> dict[str, str]:
     return {
         "encoder_container": container(encoder),
         "encoder_activation": activations(encoder),
+        "encoder_preprocess": str(getattr(encoder, "preprocess", "")),
         "encoder_digest": digest,
     }
 
@@ -56,9 +67,12 @@ def differs(recorded: Mapping[str, Any], found: Mapping[str, str]) -> str:
 
     Folders written before there were records of the container and the activation are known by their digest alone.
     """
-    known = [name for name in ("encoder_digest", "encoder_activation") if name in recorded]
+    known = [name for name in ("encoder_digest", "encoder_activation", "encoder_preprocess") if name in recorded]
     if all(recorded[name] == found[name] for name in known):
         return ""
+    others = [name for name in known if name != "encoder_preprocess" and recorded[name] != found[name]]
+    if not others:
+        return f"images by {recorded['encoder_preprocess']} there, by {found['encoder_preprocess']} here"
     return f"{_in_words(recorded)} there, {_in_words(found)} here"
 
 

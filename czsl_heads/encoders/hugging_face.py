@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -299,7 +300,15 @@ def load(
     if processor is None:
         processor = _read(transformers.AutoImageProcessor, where, "preprocessor_config.json")
     tokenizer = tokenizer or getattr(processor, "tokenizer", None) or _read_tokenizer(transformers, where, config)
-    model, found = _read(transformers.AutoModel, where, "model.safetensors", config=config, output_loading_info=True)
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which are told below
+    with _quiet(transformers):
+        model, found = _read(transformers.AutoModel, where, "model.safetensors", config=config, **options)
+    if found["mismatched_keys"]:
+        first, *shapes = min(found["mismatched_keys"])
+        there, here = (tuple(shape) for shape in shapes[:2])
+        raise ValueError(
+            f"expected {name!r} with weights of the sizes in its config.json, {here} for {first!r}, got {there}"
+        )
     absent = sorted(found["missing_keys"])
     if absent:
         raise ValueError(f"expected {name!r} with all weights of a {type(model).__name__}, got none of {absent[0]!r}")
@@ -313,6 +322,21 @@ def _transformers(name: str) -> Any:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise ImportError(f"expected the package transformers for {name!r}, got none: {_INSTALL}") from error
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without its table of what did not fit, and its progress bar."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity(log.CRITICAL)
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
 
 
 def _read(kind: Any, where: str, file: str, **options: Any) -> Any:

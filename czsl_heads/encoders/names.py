@@ -53,8 +53,9 @@ def load(name: str, *, tokenizer: Any = None, frozen: bool = True, dense: Dense 
       So the path alone is refused, and the message has both names.
 
     How images are prepared follows the TAG, too, or the configuration of a ``hf:``, ``hf-hub:`` or ``local-dir:``
-    model. For a file it is what all tags of its architecture say, if they agree; else open_clip's default, which is
-    OpenAI's.
+    model. For a file it is what all tags of its architecture and activation say. If they disagree, as those of
+    ``ViT-L-14`` do, the name must say which tag's it is: ``"ViT-L-14:TAG=PATH"``, which gives the activation, too.
+    Without any tag it is open_clip's default, which is OpenAI's.
 
     Args:
         name: The name.
@@ -88,7 +89,10 @@ def absolute(name: str) -> str:
     head, _, tail = name.partition(":")
     known = head in architectures()
     path, whole = (Path(text).expanduser() for text in (tail, name))
-    if tail and path.exists() and not (known and _home(head, tail)):
+    tag, equals, kept = tail.partition("=")
+    if known and equals and _home(head, tag) and Path(kept).expanduser().is_file():
+        return f"{head}:{tag}={Path(kept).expanduser().resolve()}"
+    if head != "hf-hub" and tail and path.exists() and not (known and _home(head, tail)):
         return f"{head}:{path.resolve()}"
     if not known and head != "tiny" and brought(head) is None and whole.is_file():
         return str(whole.resolve())
@@ -116,7 +120,13 @@ def architectures() -> list[str]:
 
 def _check_architecture(name: str, config: Mapping[str, Any]) -> None:
     """Raise ValueError unless an open_clip configuration is of a supported CLIP; nothing is built."""
-    reason = read_configuration(name, config).reason
+    try:
+        reason = read_configuration(name, config).reason
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"expected {name!r} with the configuration of an open_clip model, got one that cannot be read "
+            f"({type(error).__name__}: {_reason(error)})"
+        ) from error
     if reason:
         raise ValueError(f"expected an architecture whose patches can be compared with texts, got {name}: {reason}")
 
@@ -137,7 +147,12 @@ def _of_architecture(architecture: str, tail: str, tokenizer: Any) -> tuple[nn.M
     """One of open_clip's architectures, and its tokenizer."""
     import open_clip
 
-    home, path = _home(architecture, tail), Path(tail).expanduser()
+    home, path, like = _home(architecture, tail), Path(tail).expanduser(), None
+    tag, equals, kept = tail.partition("=")
+    if equals and not home and not path.is_file() and _home(architecture, tag):
+        like, path = tag, Path(kept).expanduser()
+        if not path.is_file():
+            raise ValueError(f"expected weights of {architecture}:{tag} in the file {path}, where there is none")
     if tail and not home and not path.is_file():
         raise ValueError(_unknown_tag(architecture, tail))
     config = open_clip.get_model_config(architecture)
@@ -146,7 +161,7 @@ def _of_architecture(architecture: str, tail: str, tokenizer: Any) -> tuple[nn.M
     if home:
         model = _tagged(home, tail)
     elif tail:
-        model = _from_file(architecture, path)
+        model = _from_file(architecture, path, like)
     else:
         model = _random(architecture)
     return model, tokenizer
@@ -168,11 +183,11 @@ def _tagged(architecture: str, tag: str) -> nn.Module:
 
     said = open_clip.get_pretrained_cfg(architecture, tag)
     quick = bool(said.get("quick_gelu", False))
-    by_path = f"{architecture}{QUICK if quick and not architecture.endswith(QUICK) else ''}:PATH"
+    by_path = f"{architecture}:{tag}=PATH"
     remedy = f'they are downloaded once where there is a network; a copy of them is named "{by_path}"'
     kept = Path("~/.cache/clip").expanduser() / Path(said.get("url", "")).name
     if kept.is_file():
-        remedy += f'; "{architecture}:{kept}" is here'
+        remedy += f'; "{architecture}:{tag}={kept}" is here'
     with _told(f"weights of {architecture}:{tag} from {_source(said)}", remedy):
         model: nn.Module = open_clip.create_model(architecture, pretrained=tag, force_quick_gelu=quick)
     return model
@@ -191,8 +206,8 @@ def _hub_cache() -> str:
     return str(HF_HUB_CACHE)
 
 
-def _from_file(architecture: str, path: Path) -> nn.Module:
-    """An architecture with the weights of a file."""
+def _from_file(architecture: str, path: Path, tag: str | None = None) -> nn.Module:
+    """An architecture with the weights of a file, which are those of a tag if one is given."""
     import open_clip
 
     from czsl_heads.encoders.openai import NUMBERS, is_openai_state
@@ -202,7 +217,13 @@ def _from_file(architecture: str, path: Path) -> nn.Module:
     fitting = ", ".join(like for like, _ in _fitting(state or {})) or "no architecture of open_clip"
     remedy = f"its sizes are those of {fitting}"
     if not openai:
-        model = _random(architecture, force_preprocess_cfg=_agreed(architecture))
+        if tag is None:
+            options: dict[str, Any] = {"force_preprocess_cfg": _agreed(architecture, path)}
+        else:
+            said = open_clip.get_pretrained_cfg(_home(architecture, tag), tag)
+            options = {"force_preprocess_cfg": _way(said), "force_quick_gelu": bool(said.get("quick_gelu", False))}
+            architecture = _plain(architecture)
+        model = _random(architecture, **options)
         with _told(f"weights of {architecture} in {path}", remedy):
             open_clip.load_checkpoint(model, str(path))
         return model
@@ -214,18 +235,33 @@ def _from_file(architecture: str, path: Path) -> nn.Module:
     return model
 
 
-def _agreed(architecture: str) -> dict[str, Any]:
-    """How images are prepared, where all tags of an architecture say the same."""
+def _agreed(architecture: str, path: Path) -> dict[str, Any]:
+    """How images are prepared by all tags of an architecture and its activation; ValueError if they disagree."""
     import open_clip
 
-    home = _plain(architecture)
-    tags = {*open_clip.list_pretrained_tags_by_model(home), *open_clip.list_pretrained_tags_by_model(architecture)}
-    said = [open_clip.get_pretrained_cfg(_home(architecture, tag), tag) for tag in sorted(tags)]
-    ways = [
-        {name: each.get(name) for name in ("mean", "std", "interpolation", "resize_mode", "fill_color")}
-        for each in said
-    ]
-    return ways[0] if ways and all(way == ways[0] for way in ways) else {}
+    quick = bool(open_clip.get_model_config(architecture).get("quick_gelu", False))
+    names = {_plain(architecture), architecture}
+    tags = sorted({tag for name in names for tag in open_clip.list_pretrained_tags_by_model(name)})
+    ways: list[dict[str, Any]] = []
+    examples: list[str] = []  # of each way, a tag
+    for tag in tags:
+        said = open_clip.get_pretrained_cfg(_home(architecture, tag), tag)
+        way = _way(said)
+        if bool(said.get("quick_gelu", False)) is quick and way not in ways:
+            ways.append(way)
+            examples.append(tag)
+    if len(ways) > 1:
+        which = " or ".join(f'"{architecture}:{tag}={path}"' for tag in examples)
+        raise ValueError(
+            f"expected `model_or_name` with the tag whose weights {path} are, or came from, for their pictures are "
+            f"prepared in {len(ways)} ways: {which}, got the architecture alone"
+        )
+    return ways[0] if ways else {}
+
+
+def _way(said: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are prepared by a tag."""
+    return {name: said.get(name) for name in ("mean", "std", "interpolation", "resize_mode", "fill_color")}
 
 
 def _of_file(path: Path) -> nn.Module:
@@ -297,6 +333,10 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
 
 
 def _content(path: Path) -> Any:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if not start:
+        raise ValueError("it is empty")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -305,6 +345,8 @@ def _content(path: Path) -> Any:
         from czsl_heads.encoders.openai import read_archive
 
         return read_archive(path)
+    if start[:2] not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):  # a zip archive, or pickled
+        raise ValueError(f"it is no file of weights; it starts with {start!r}")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
 
 
@@ -321,6 +363,8 @@ def _of_scheme(name: str, scheme: str, where: str, tokenizer: Any) -> tuple[nn.M
     import open_clip
 
     if scheme == "local-dir":
+        where = str(Path(where).expanduser())
+        name = f"{scheme}:{where}"
         place, remedy = where, f"the folder needs {_OPEN_CLIP_CONFIG} and a file of weights, as open_clip saves them"
         if not (Path(where) / _OPEN_CLIP_CONFIG).is_file():
             raise ValueError(
@@ -365,7 +409,7 @@ def _of_hugging_face(name: str, **options: Any) -> ClipEncoder:
 def _unknown(name: str) -> str:
     """What a name could have meant that is none."""
     head, _, tail = name.partition(":")
-    path = Path(name)
+    path = Path(name).expanduser()
     asked = "expected `model_or_name` to be the name of a CLIP or the path of its weights"
     if name and path.is_dir():
         return f"{asked}, got {name!r}{_of_folder(path)}"
@@ -395,7 +439,7 @@ def _unknown_tag(architecture: str, tag: str) -> str:
     known = ", ".join(tags[:_SHOWN]) or "none"
     if len(tags) > _SHOWN:
         known += f" and {len(tags) - _SHOWN} more"
-    path, hint = Path(tag), ""
+    path, hint = Path(tag).expanduser(), ""
     if path.is_dir():
         hint = _of_folder(path)
     elif path.suffix in WEIGHTS:

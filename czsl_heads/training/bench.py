@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from czsl_heads._checks import check_choice
 from czsl_heads._files import whole_file
-from czsl_heads.data.layout import SPLITS, CompositionDataset
+from czsl_heads.data.layout import SPLITS, CompositionDataset, DataError
 from czsl_heads.encoders.digest import weights_digest
 from czsl_heads.encoders.wrap import wrap
 from czsl_heads.heads.sparse_align import Reduce
@@ -77,10 +77,11 @@ def bench(
 
     Returns:
         A row for each encoder and way, by :data:`COLUMNS`: the exact protocol's numbers, ``auc_standard`` the field's.
-        An encoder that could not be loaded has one row with the reason as its ``error``.
+        An encoder that could not be loaded or scored has a row with the reason as its ``error``.
 
     Raises:
-        ValueError: No encoder, or an option is unknown.
+        ValueError: No encoder, an option is unknown, or the split has no images of seen or of unseen pairs.
+        OSError: ``out`` cannot be made, or an image is broken.
     """
     if not encoders:
         raise ValueError("expected `encoders` to name at least one, got none")
@@ -91,28 +92,39 @@ def bench(
     for align in aligns:
         check_choice("aligns", align, ("cls", "max", "topk", "logsumexp", "mean"))
 
+    _check_split(dataset, split)
+    out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for name in encoders:
+    for name in dict.fromkeys(encoders):
         shared = {"encoder": name, "split": split, "world": world}
         try:
             encoder = wrap(name)
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            rows.append({**shared, "error": " ".join(str(error).split())})
-            _write(rows, out / "bench.csv")
-            continue
-        shared |= _facts(encoder)
-        for align in aligns:
-            recipe = Recipe("clip", name, align, HeadOptions(topk=topk), model={"context": context})
-            method = build(recipe, dataset.space, encoder=encoder)
-            options = Options(eval_batch_size=batch_size, workers=0)
-            evaluation = Evaluation(method, dataset, options, {"zero-shot": Readout()}, split=split, worlds=(world,))
-            start = time.perf_counter()
-            with quiet():
-                testing_trainer(trainer or {}).test(evaluation, verbose=False)
-            seconds = time.perf_counter() - start
-            rows.append({**shared, "align": align, "seconds": round(seconds, 2), **_scores(evaluation, world)})
+            facts = shared | _facts(encoder)
+            for align in aligns:
+                recipe = Recipe("clip", name, align, HeadOptions(topk=topk), model={"context": context})
+                method = build(recipe, dataset.space, encoder=encoder)
+                options = Options(eval_batch_size=batch_size, workers=0)
+                readouts = {"zero-shot": Readout()}
+                evaluation = Evaluation(method, dataset, options, readouts, split=split, worlds=(world,))
+                start = time.perf_counter()
+                with quiet():
+                    testing_trainer(trainer or {}).test(evaluation, verbose=False)
+                seconds = time.perf_counter() - start
+                rows.append({**facts, "align": align, "seconds": round(seconds, 2), **_scores(evaluation, world)})
+        except DataError:
+            raise  # of no CLIP: the next one would meet it, too
+        except Exception as error:  # of any package, and no reason to lose the others
+            rows.append({**shared, "error": " ".join(str(error).split()) or type(error).__name__})
         _write(rows, out / "bench.csv")
     return rows
+
+
+def _check_split(dataset: CompositionDataset, split: str) -> None:
+    """Raise ValueError unless a split has images of seen and of unseen pairs, between which the AUC goes."""
+    seen = dataset.space.seen_mask[dataset.images(split).columns]
+    for word, count in (("seen", int(seen.sum())), ("unseen", int((~seen).sum()))):
+        if not count:
+            raise ValueError(f"expected `split` with images of seen and of unseen pairs, got {split!r} without {word}")
 
 
 def _facts(encoder: Any) -> dict[str, Any]:

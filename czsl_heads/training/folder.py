@@ -31,7 +31,7 @@ from czsl_heads.training.train import check_learning
 from czsl_heads.training.trainer import check_trainer
 
 # Recorded by :func:`czsl_heads.encoders.digest.identity`, and compared when the CLIP is loaded.
-_OF_CLIP = ("encoder_container", "encoder_activation", "encoder_digest")
+_OF_CLIP = ("encoder_container", "encoder_activation", "encoder_preprocess", "encoder_digest")
 # May differ when a command is taken up again: they decide which numbers there are, or how fast, but beyond rounding
 # none of them.
 _FREE = ("seeds", "studies", "add", "options.workers", "options.checkpoint", "trainer.enable_progress_bar")

@@ -1,6 +1,7 @@
 """What tells one CLIP from another: where its code is from, its activation, its weights."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ def quick(encoder):
         ("class token", "open_clip", "GELU"),
         ("class token, QuickGELU", "open_clip", "QuickGELU"),
         ("SigLIP", "open_clip", "GELU"),
-        ("CLIPModel", "transformers", "QuickGELUActivation"),
-        ("SiglipModel", "transformers", "GELUTanh"),
+        ("CLIPModel", "transformers", "QuickGELU"),
+        ("SiglipModel", "transformers", "GELU by tanh"),
     ],
 )
 def test_the_package_and_the_activation_are_those_of_the_model(name, package, activation):
@@ -41,6 +42,7 @@ def test_an_identity_holds_all_three():
     assert identity(encoder, digest) == {
         "encoder_container": "open_clip",
         "encoder_activation": "GELU",
+        "encoder_preprocess": str(encoder.preprocess),
         "encoder_digest": digest,
     }
 
@@ -79,3 +81,19 @@ def test_a_record_of_an_earlier_version_is_known_by_its_digest():
 def test_a_module_of_no_container_is_of_its_own_package():
     assert container(nn.Linear(2, 2)) == "torch"
     assert activations(nn.Linear(2, 2)) == ""
+
+
+@pytest.mark.parametrize("name", ["PytorchGELUTanh", "GELUTanh", "NewGELUActivation"])
+def test_an_activation_is_named_by_what_it_computes_whatever_a_version_calls_it(name):
+    assert activations(type(name, (nn.Module,), {})()) == "GELU by tanh"
+    assert activations(nn.GELU(approximate="tanh")) == "GELU by tanh"
+
+
+def test_pictures_that_are_prepared_otherwise_are_another_clip():
+    encoder = wrap("tiny")
+    digest = weights_digest(encoder)
+    before = identity(encoder, digest)
+    encoder.preprocess = replace(encoder.preprocess, mean=(0.5, 0.5, 0.5))
+    told = differs(before, identity(encoder, digest))
+    assert told.startswith("images by Preprocess(size=(48, 48), mean=(0.48145466")
+    assert "mean=(0.5, 0.5, 0.5)" in told

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from czsl_heads import CompositionSpace, SoftPrompts, wrap
@@ -582,8 +583,6 @@ def refused(name, **options):
 
 
 def test_weights_that_are_not_complete_are_refused(folder):
-    from safetensors.torch import load_file, save_file
-
     path = folder / "model.safetensors"
     weights = load_file(path)
     del weights["text_model.head.weight"]
@@ -592,6 +591,19 @@ def test_weights_that_are_not_complete_are_refused(folder):
     path.write_bytes(path.read_bytes()[:5000])
     said = refused(f"hf:{folder}")
     assert f"expected model.safetensors in the folder {folder}, as save_pretrained writes it, got none" in said
+
+
+def test_weights_of_another_size_are_told_by_their_name_and_nothing_else_is_printed(folder, capfd, caplog):
+    capfd.readouterr()  # of what was made for the test
+    weights = load_file(folder / "model.safetensors")
+    first = next(name for name in sorted(weights) if name.endswith("layer_norm1.weight"))
+    expected = tuple(weights[first].shape)
+    save_file({**weights, first: torch.ones(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    message = re.escape(f"sizes in its config.json, {expected} for {first!r}, got (3,)")
+    with pytest.raises(ValueError, match=message):
+        wrap(f"hf:{folder}")
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
 
 
 def test_what_is_missing_beside_the_weights_is_asked_for_before_they_are_read(folder):

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import pickle
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -149,14 +150,55 @@ def test_of_a_file_the_architecture_says_the_activation(architectures, tmp_path,
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
-def test_of_a_file_images_are_prepared_as_all_tags_agree(architectures, monkeypatch, tmp_path):
-    torch.save(small().state_dict(), tmp_path / "weights.pt")
-    preprocess = wrap(f"{ARCHITECTURE}:{tmp_path / 'weights.pt'}").preprocess
-    assert (preprocess.mean, preprocess.resize_mode) == ((0.5, 0.4, 0.3), "squash")
+def test_of_a_file_images_are_prepared_as_all_tags_of_its_activation_agree(architectures, monkeypatch, tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(small().state_dict(), path)
+    tags = open_clip.pretrained._PRETRAINED[ARCHITECTURE]
+    assert wrap(f"{ARCHITECTURE}:{path}").preprocess.mean == (0.5, 0.4, 0.3)
+
+    other = {**tags["plain"], "mean": (0.1, 0.1, 0.1)}
+    monkeypatch.setitem(tags, "plain", other)  # the only one with GELU
+    assert wrap(f"{ARCHITECTURE}:{path}").preprocess.mean == (0.1, 0.1, 0.1)
+    assert wrap(f"{TWIN}:{path}").preprocess.mean == (0.5, 0.4, 0.3)
+
+    monkeypatch.setitem(tags, "another", {**tags["plain"], "mean": (0.2, 0.2, 0.2)})
+    with pytest.raises(ValueError, match=f'prepared in 2 ways: "{ARCHITECTURE}:another={path}" or .*:plain={path}"'):
+        wrap(f"{ARCHITECTURE}:{path}")
+
+
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, TWIN])
+def test_a_file_of_a_tag_is_prepared_and_activated_as_the_tag_says(architectures, monkeypatch, tmp_path, architecture):
+    path = tmp_path / "weights.pt"
+    torch.save(small().state_dict(), path)
     tags = open_clip.pretrained._PRETRAINED[ARCHITECTURE]
     monkeypatch.setitem(tags, "plain", {**tags["plain"], "mean": (0.1, 0.1, 0.1)})
-    preprocess = wrap(f"{ARCHITECTURE}:{tmp_path / 'weights.pt'}").preprocess
-    assert (preprocess.mean, preprocess.resize_mode) == (open_clip.OPENAI_DATASET_MEAN, "shortest")
+    for tag, expected, mean in (("plain", GELU, (0.1, 0.1, 0.1)), ("quick", QUICK, (0.5, 0.4, 0.3))):
+        encoder = wrap(f"{architecture}:{tag}={path}")
+        assert (activation(encoder), encoder.preprocess.mean) == (expected, mean)
+    monkeypatch.chdir(tmp_path)
+    assert names.absolute(f"{architecture}:plain=weights.pt") == f"{architecture}:plain={path}"
+    with pytest.raises(ValueError, match=f"expected weights of {architecture}:plain in the file nowhere.pt, where"):
+        wrap(f"{architecture}:plain=nowhere.pt")
+
+
+def test_a_repository_of_the_hub_is_no_path(monkeypatch, tmp_path):
+    (tmp_path / "timm" / "foo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert names.absolute("hf-hub:timm/foo") == "hf-hub:timm/foo"
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"", "it is empty"), (b"<html>", "it starts with b'<htm'")])
+def test_a_file_that_is_no_checkpoint_is_told_by_what_it_is(tmp_path, content, reason):
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        wrap(str(tmp_path / "weights.pt"))
+
+
+def test_a_configuration_that_lacks_its_parts_is_told_in_one_line(tmp_path):
+    config = {"model_cfg": {"embed_dim": 3, "vision_cfg": {}, "text_cfg": {}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="with the configuration of an open_clip model, got one that cannot be read"):
+        wrap(f"local-dir:{tmp_path}")
 
 
 @pytest.mark.parametrize("script", [False, True])
@@ -340,7 +382,7 @@ def test_without_network_it_is_said_what_was_looked_for_where_and_how_to_get_it(
 ):
     monkeypatch.setenv("HOME", str(tmp_path))
     told = _told(name)
-    remedy = {1: 'a copy of them is named "ViT-B-32-quickgelu:PATH"', 2: '"local-dir:DIR"', 3: "wrap(..., tokenizer=)"}
+    remedy = {1: f'a copy of them is named "{name}=PATH"', 2: '"local-dir:DIR"', 3: "wrap(..., tokenizer=)"}
     assert "not there, and no network" in told or how == 3
     assert remedy[how] in told
     with pytest.raises(ValueError, match=f"expected {looked_for}"):
@@ -352,7 +394,7 @@ def test_openais_own_file_is_named_where_it_is(monkeypatch, tmp_path):
     path = tmp_path / ".cache" / "clip" / "ViT-B-32.pt"
     path.parent.mkdir(parents=True)
     path.touch()
-    assert f'"ViT-B-32:{path}" is here' in _told("ViT-B-32:openai")
+    assert f'"ViT-B-32:openai={path}" is here' in _told("ViT-B-32:openai")
 
 
 def _told(name):

@@ -11,6 +11,8 @@ from czsl_heads.cli import main
 from czsl_heads.data import CompositionDataset, read_dataset
 from czsl_heads.functional import alignment
 from czsl_heads.metrics import CZSLScore
+from czsl_heads.models.recipe import build
+from czsl_heads.training import bench as module
 from czsl_heads.training.bench import COLUMNS, bench, plot_bench
 
 pytestmark = pytest.mark.engine
@@ -66,10 +68,24 @@ def test_an_encoder_that_fails_is_told_and_loses_no_other(
     assert "tinny" in told.out + told.err
 
 
+def test_an_encoder_that_cannot_be_scored_loses_no_other(dataset, tmp_path: Path, monkeypatch) -> None:
+    def build_or_fail(recipe, space, *, encoder):
+        if recipe.encoder == "tiny:":
+            raise RuntimeError("out of\nmemory")
+        return build(recipe, space, encoder=encoder)
+
+    monkeypatch.setattr(module, "wrap", lambda name: wrap("tiny"))
+    monkeypatch.setattr(module, "build", build_or_fail)
+    flags = {"accelerator": "cpu", "enable_progress_bar": False}
+    rows = bench(["tiny:", "tiny", "tiny"], dataset, tmp_path, aligns=["cls"], split="val", trainer=flags)
+    assert [(row["encoder"], row.get("error", "")) for row in rows] == [("tiny:", "out of memory"), ("tiny", "")]
+
+
 def test_wrong_options_are_told(dataset: CompositionDataset, tmp_path: Path) -> None:
     for options, message in (
         ({"encoders": []}, "expected `encoders` to name at least one, got none"),
         ({"encoders": ["tiny", ""]}, "expected `encoders` to be names, got an empty one in 'tiny', ''"),
+        ({"split": "train"}, "expected `split` with images of seen and of unseen pairs, got 'train' without unseen"),
         ({"split": "all"}, "expected `split` to be one of train, val, test, got 'all'"),
         ({"aligns": ["attention"]}, "expected `aligns` to be one of cls, max, topk, logsumexp, mean, got 'attention'"),
     ):
