@@ -150,7 +150,8 @@ class ClipEncoder(nn.Module):
 
         both_ways = BothWays(self.vision.blocks[-1], self.dense, self.grid, self.num_prefix)
         hidden = self.vision.run(images, checkpoint=checkpoint, last=both_ways)
-        as_trained, dense = self.vision.leave(hidden).chunk(2)
+        # Apart, for a head that pools makes of twice as many images other roundings.
+        as_trained, dense = (self.vision.leave(half) for half in hidden.chunk(2))
         return torch.cat([as_trained[:, :1], dense[:, 1:]], dim=1)
 
     def encode_images(self, images: Tensor) -> Tensor:

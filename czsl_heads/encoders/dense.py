@@ -60,7 +60,16 @@ class BothWays:
         self.block, self.dense, self.grid, self.num_prefix = block, dense, grid, num_prefix
 
     def __call__(self, hidden: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        out: Any = self.block(hidden, *arguments, **options)
+        seen: list[Tensor] = []
+        handle = None
+        if self.block._forward_pre_hooks:  # which may change, or drop, what the block gets
+            handle = self.block.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        try:
+            out: Any = self.block(hidden, *arguments, **options)
+        finally:
+            if handle is not None:
+                handle.remove()
+        hidden = seen[0] if seen else hidden
         plain: Tensor = out[0] if isinstance(out, tuple) else out  # a tuple in transformers 4
         if BlockParts(self.block).batch_first:
             return torch.cat([plain, self._dense(hidden, options.get("rope"))])

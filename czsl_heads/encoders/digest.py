@@ -78,8 +78,8 @@ def differs(recorded: Mapping[str, Any], found: Mapping[str, str]) -> str:
 
 def _in_words(record: Mapping[str, Any]) -> str:
     parts = [record.get(name) for name in ("encoder_container", "encoder_activation")]
-    said = ", ".join(part for part in parts if part)
-    return f"{said and f'{said}, '}weights {record['encoder_digest'][:12]}"
+    weights = f"weights {record['encoder_digest'][:12]}"
+    return ", ".join([*filter(None, parts), weights])
 
 
 def _bits(tensor: Tensor) -> memoryview:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from czsl_heads.encoders.clip import ClipEncoder, Dense, Tokenizer
+from czsl_heads.encoders.errors import missing_transformers
 from czsl_heads.encoders.hub import asked_once
 from czsl_heads.encoders.hugging_face_towers import (
     ClipText,
@@ -32,7 +33,6 @@ from czsl_heads.encoders.hugging_face_towers import (
 from czsl_heads.encoders.open_clip import OPENAI_VOCABULARY
 from czsl_heads.encoders.transforms import CLIP_MEAN, CLIP_STD, Interpolation, Preprocess, ResizeMode
 
-_INSTALL = "pip install 'czsl-heads[transformers]'"
 _INTERPOLATIONS: dict[Any, Interpolation] = {
     2: "bilinear",
     3: "bicubic",
@@ -180,7 +180,7 @@ _FAMILIES = {
     "Siglip2Model": _Family(Siglip2Vision, SiglipText, lower=True, interpolation="bilinear"),
     "Tipsv2Model": _Family(Tipsv2Vision, Tipsv2Text, interpolation="bilinear", mean=_ZEROS, std=_ONES),
 }
-_MODEL_TYPES = ("clip", "metaclip_2", "siglip", "siglip2", "tipsv2")  # of the same classes, in configurations
+MODEL_TYPES = ("clip", "metaclip_2", "siglip", "siglip2", "tipsv2")  # of the same classes, in configurations
 _BERT = "its text tower is a BERT, which reads token types and a padding mask: soft prompts cannot be put in"
 _ONE_TOWER = "it is one tower of two"
 _REASONS = {
@@ -293,8 +293,8 @@ def load(
     transformers = _transformers(name)
     where = name.removeprefix("hf:")
     config = _read(transformers.AutoConfig, where, "config.json")
-    if config.model_type not in _MODEL_TYPES:
-        kinds = ", ".join(_MODEL_TYPES)
+    if config.model_type not in MODEL_TYPES:
+        kinds = ", ".join(MODEL_TYPES)
         raise ValueError(f"expected {name!r} to be a model of type {kinds}, got {config.model_type}")
 
     if processor is None:
@@ -321,7 +321,7 @@ def _transformers(name: str) -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise ImportError(f"expected the package transformers for {name!r}, got none: {_INSTALL}") from error
+        raise missing_transformers(repr(name)) from error
 
 
 @contextmanager

@@ -6,11 +6,13 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
+from czsl_heads._files import read_json
 from czsl_heads.encoders.configurations import read_configurations
-from czsl_heads.encoders.names import ENCODERS, WEIGHTS, is_torchscript
+from czsl_heads.encoders.hugging_face import MODEL_TYPES
+from czsl_heads.encoders.names import ENCODERS
+from czsl_heads.encoders.weights import WEIGHTS, is_torchscript
 
 CONTAINERS = ("open_clip_torch", "timm", "transformers", "clip")  # by the names that pip knows
-CONFIGURATIONS = {"open_clip_config.json": "hf-hub", "config.json": "hf"}  # of a repository, and how it is asked for
 
 
 def list_encoders() -> dict[str, Any]:
@@ -54,24 +56,60 @@ def _version(package: str) -> str | None:
 
 def _of_clip_cache() -> list[dict[str, Any]]:
     """Where OpenAI's package and open_clip keep what they download."""
+    import open_clip
+
+    tags: dict[str, str] = {}  # by the file that is downloaded for each
+    for architecture, tag in open_clip.list_pretrained():
+        address = open_clip.get_pretrained_cfg(architecture, tag).get("url", "")
+        tags.setdefault(Path(address).name, f"{architecture}:{tag}")
     folder = Path("~/.cache/clip").expanduser()
     files = sorted(path for path in folder.glob("*") if path.suffix in WEIGHTS)
-    # Of a file that is none of OpenAI's archives the architecture must be said.
-    return [_file(path, str(path) if is_torchscript(path) else None) for path in files]
+    return [_file(path, _by_path(path, tags.get(path.name))) for path in files]
+
+
+def _by_path(path: Path, tag: str | None) -> str | None:
+    """How a file is asked for: with its tag, or by itself if it is one of OpenAI's archives."""
+    if tag is not None:
+        return f"{tag}={path}" if _taken(tag) else None
+    return str(path) if is_torchscript(path) else None
 
 
 def _of_hub_cache() -> list[dict[str, Any]]:
-    """Repositories of the Hugging Face hub, of those kinds that are asked for by the repository's name."""
+    """Repositories of the Hugging Face hub, named by open_clip's tag, or by what their configuration says."""
+    import open_clip
     from huggingface_hub.constants import HF_HUB_CACHE
 
+    tags: dict[str, str] = {}  # by repository
+    for architecture, tag in open_clip.list_pretrained():
+        home = open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "")
+        tags.setdefault(home.rstrip("/"), f"{architecture}:{tag}")
     found = []
     for folder in sorted(Path(HF_HUB_CACHE).glob("models--*--*")):
         repository = folder.name.removeprefix("models--").replace("--", "/", 1)
-        for snapshot in sorted(folder.glob("snapshots/*")):
-            schemes = [scheme for name, scheme in CONFIGURATIONS.items() if (snapshot / name).is_file()]
-            name = f"{schemes[0]}:{repository}" if schemes else None
+        for snapshot in sorted(path for path in folder.glob("snapshots/*") if path.is_dir()):
+            name = _taken(tags.get(repository)) or _configured(repository, snapshot)
             found += [_file(path, name) for path in sorted(snapshot.iterdir()) if path.suffix in WEIGHTS]
     return found
+
+
+def _configured(repository: str, snapshot: Path) -> str | None:
+    """How a repository with a configuration is asked for; None if it is of no kind that is taken."""
+    if (snapshot / "open_clip_config.json").is_file():
+        return f"hf-hub:{repository}"
+    try:
+        kind = read_json(snapshot / "config.json").get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return f"hf:{repository}" if kind in MODEL_TYPES else None
+
+
+def _taken(name: str | None) -> str | None:
+    """A name of open_clip, unless its architecture is refused."""
+    if name is None:
+        return None
+    architecture = name.partition(":")[0]
+    refused = {each.name for each in read_configurations() if each.reason}
+    return None if architecture in refused else name
 
 
 def _file(path: Path, name: str | None) -> dict[str, Any]:

@@ -3,43 +3,28 @@
 from __future__ import annotations
 
 import difflib
-import logging
-import os
-import pickle
 import re
-import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from czsl_heads.encoders.clip import ClipEncoder, Dense, Tokenizer
 from czsl_heads.encoders.configurations import read_configuration
-from czsl_heads.encoders.hub import asked_once
+from czsl_heads.encoders.errors import quiet, reason, told
 from czsl_heads.encoders.open_clip import OpenClipEncoder
 from czsl_heads.encoders.tiny import RECORD, load_tiny
+from czsl_heads.encoders.weights import WEIGHTS, fitting_architectures, read_weights
 
 ENCODERS = "czsl_heads.encoders"  # the group of entry points by which other packages bring encoders
 SCHEMES = ("hf", "hf-hub", "local-dir")
-WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".npz", ".npy")
 QUICK = "-quickgelu"  # how open_clip ends the name of an architecture that differs in its activation only
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_INSTALL = "pip install 'czsl-heads[transformers]'"
-_LONGEST = 160  # of what another library said
 _SHOWN = 6  # of the tags of an architecture
-_OF_NETWORK = {  # by the names of the errors of huggingface_hub and of Python
-    "GatedRepoError": "its owner has to grant access first",
-    "RepositoryNotFoundError": "no such repository",
-    "LocalEntryNotFoundError": "not there, and no network",
-    "OfflineModeIsEnabled": "not there, and no network",
-    "EntryNotFoundError": "no such file in the repository",
-    "URLError": "not there, and no network",
-}
 
 
 def load(name: str, *, tokenizer: Any = None, frozen: bool = True, dense: Dense = "none") -> ClipEncoder:
@@ -70,7 +55,9 @@ def load(name: str, *, tokenizer: Any = None, frozen: bool = True, dense: Dense 
     if colon and not tail and head in (*SCHEMES, "tiny", *architectures()):
         raise ValueError(f"expected `model_or_name` with something behind the colon, got {name!r}")
     if head == "hf" and tail:
-        return _of_hugging_face(name, tokenizer=tokenizer, frozen=frozen, dense=dense)
+        from czsl_heads.encoders import hugging_face
+
+        return hugging_face.load(name, tokenizer=tokenizer, frozen=frozen, dense=dense)
     if head == "tiny":
         model, found = load_tiny(Path(tail).expanduser() if tail else None)
     elif head in ("hf-hub", "local-dir") and tail:
@@ -121,14 +108,14 @@ def architectures() -> list[str]:
 def _check_architecture(name: str, config: Mapping[str, Any]) -> None:
     """Raise ValueError unless an open_clip configuration is of a supported CLIP; nothing is built."""
     try:
-        reason = read_configuration(name, config).reason
+        refused = read_configuration(name, config).reason
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"expected {name!r} with the configuration of an open_clip model, got one that cannot be read "
-            f"({type(error).__name__}: {_reason(error)})"
+            f"({type(error).__name__}: {reason(error)})"
         ) from error
-    if reason:
-        raise ValueError(f"expected an architecture whose patches can be compared with texts, got {name}: {reason}")
+    if refused:
+        raise ValueError(f"expected an architecture whose patches can be compared with texts, got {name}: {refused}")
 
 
 def _plain(architecture: str) -> str:
@@ -171,7 +158,7 @@ def _random(architecture: str, **options: Any) -> nn.Module:
     """The same random weights each time, or no saved model would fit."""
     import open_clip
 
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
         # A text tower of transformers is the one thing that it would download.
         model: nn.Module = open_clip.create_model(architecture, pretrained=None, pretrained_text=False, **options)
@@ -188,7 +175,7 @@ def _tagged(architecture: str, tag: str) -> nn.Module:
     kept = Path("~/.cache/clip").expanduser() / Path(said.get("url", "")).name
     if kept.is_file():
         remedy += f'; "{architecture}:{tag}={kept}" is here'
-    with _told(f"weights of {architecture}:{tag} from {_source(said)}", remedy):
+    with told(f"weights of {architecture}:{tag} from {_source(said)}", remedy):
         model: nn.Module = open_clip.create_model(architecture, pretrained=tag, force_quick_gelu=quick)
     return model
 
@@ -214,7 +201,7 @@ def _from_file(architecture: str, path: Path, tag: str | None = None) -> nn.Modu
 
     state = None if path.suffix in (".npz", ".npy") else read_weights(path)
     openai = state is not None and is_openai_state(state)
-    fitting = ", ".join(like for like, _ in _fitting(state or {})) or "no architecture of open_clip"
+    fitting = ", ".join(like for like, _ in fitting_architectures(state or {})) or "no architecture of open_clip"
     remedy = f"its sizes are those of {fitting}"
     if not openai:
         if tag is None:
@@ -224,13 +211,13 @@ def _from_file(architecture: str, path: Path, tag: str | None = None) -> nn.Modu
             options = {"force_preprocess_cfg": _way(said), "force_quick_gelu": bool(said.get("quick_gelu", False))}
             architecture = _plain(architecture)
         model = _random(architecture, **options)
-        with _told(f"weights of {architecture} in {path}", remedy):
+        with told(f"weights of {architecture} in {path}", remedy):
             open_clip.load_checkpoint(model, str(path))
         return model
 
     assert state is not None
     model = _random(_plain(architecture), force_quick_gelu=True)
-    with _told(f"weights of {architecture} in {path}", remedy):
+    with told(f"weights of {architecture} in {path}", remedy):
         model.load_state_dict({name: tensor for name, tensor in state.items() if name not in (*NUMBERS, "attn_mask")})
     return model
 
@@ -272,90 +259,15 @@ def _of_file(path: Path) -> nn.Module:
     if is_openai_state(state):
         model: nn.Module = clip_of_openai_state(state)
         return model
-    fitting = [
-        f'"{architecture}:{path}" ({"QuickGELU" if quick else "GELU"})' for architecture, quick in _fitting(state)
-    ]
+    fitting = []
+    for architecture, quick in fitting_architectures(state):
+        activation = "QuickGELU" if quick else "GELU"
+        fitting.append(f'"{architecture}:{path}" ({activation})')
     which = " or ".join(fitting) or f'such as "ViT-L-14:{path}" or "ViT-L-14-quickgelu:{path}"'
     raise ValueError(
         f"expected `model_or_name` with the architecture of {path}, which does not say its activation: {which}, "
         "got the path alone"
     )
-
-
-def _fitting(state: Mapping[str, Tensor]) -> list[tuple[str, bool]]:
-    """The architectures of open_clip whose sizes are those of a file, and whether each has QuickGELU."""
-    import open_clip
-
-    shapes = {name.removeprefix("text."): tuple(tensor.shape) for name, tensor in state.items()}
-    wanted = ("visual.conv1.weight", "visual.positional_embedding", "visual.proj", "token_embedding.weight")
-    if any(name not in shapes for name in (*wanted, "positional_embedding")):
-        return []
-    found = []
-    for architecture in architectures():
-        config = open_clip.get_model_config(architecture)
-        vision, text = config["vision_cfg"], config["text_cfg"]
-        if "timm_model_name" in vision or "hf_model_name" in text or isinstance(vision["layers"], list):
-            continue
-        width, patch, size = vision["width"], vision.get("patch_size"), vision.get("image_size", 224)
-        expected = {
-            "visual.conv1.weight": (width, 3, patch, patch),
-            "visual.positional_embedding": ((size // patch) ** 2 + 1, width),
-            "visual.proj": (width, config["embed_dim"]),
-            "token_embedding.weight": (text.get("vocab_size", 49408), text.get("width", 512)),
-            "positional_embedding": (text.get("context_length", 77), text.get("width", 512)),
-        }
-        deepest = f"visual.transformer.resblocks.{vision['layers'] - 1}.ln_1.weight"
-        deeper = f"visual.transformer.resblocks.{vision['layers']}.ln_1.weight"
-        same = all(shapes[name] == shape for name, shape in expected.items())
-        if same and deepest in shapes and deeper not in shapes:
-            found.append((architecture, bool(config.get("quick_gelu", False))))
-    return found
-
-
-def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a file by their names; of a training checkpoint its ``state_dict``.
-
-    Files of tensors are read so that none of their content is run. A TorchScript archive, as OpenAI published its
-    CLIPs, is a program besides its weights: name one by its path only if you trust where it comes from.
-
-    Raises:
-        ValueError: There is no such file, or it does not hold tensors by names.
-    """
-    remedy = "a file whose download broke off has to be loaded again, and a checkpoint of other objects to be saved as"
-    with _told(f"weights of a CLIP in {path}", f"{remedy} its state dict alone"):
-        content = _content(path)
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
-    if not isinstance(state, Mapping) or not state or not all(isinstance(each, Tensor) for each in state.values()):
-        raise ValueError(f"expected weights of a CLIP in {path}, by their names, got {type(state).__name__}")
-    if all(name.startswith("module.") for name in state):
-        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return state
-
-
-def _content(path: Path) -> Any:
-    with path.open("rb") as file:
-        start = file.read(4)
-    if not start:
-        raise ValueError("it is empty")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    if is_torchscript(path):
-        from czsl_heads.encoders.openai import read_archive
-
-        return read_archive(path)
-    if start[:2] not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):  # a zip archive, or pickled
-        raise ValueError(f"it is no file of weights; it starts with {start!r}")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-
-
-def is_torchscript(path: Path) -> bool:
-    """True of an archive that ``torch.jit.save`` wrote, as OpenAI published its CLIPs."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _of_scheme(name: str, scheme: str, where: str, tokenizer: Any) -> tuple[nn.Module, Tokenizer]:
@@ -373,14 +285,14 @@ def _of_scheme(name: str, scheme: str, where: str, tokenizer: Any) -> tuple[nn.M
     else:
         place = f"{_hub_cache()} or huggingface.co/{where}"
         remedy = 'it is downloaded once where there is a network; a copy of it is named "local-dir:DIR"'
-    with _told(f"the configuration of an open_clip model in {place}", remedy):
+    with told(f"the configuration of an open_clip model in {place}", remedy):
         config = open_clip.get_model_config(name)
         missing = [part for part in ("embed_dim", "vision_cfg", "text_cfg") if part not in config]
     if missing:
         raise ValueError(f"expected {name!r} with the configuration of an open_clip model, got none of {missing[0]}")
     _check_architecture(name, config)
     tokenizer = tokenizer or _open_clip_tokenizer(name, config)
-    with _told(f"weights of an open_clip model in {place}", remedy):
+    with told(f"weights of an open_clip model in {place}", remedy):
         model = open_clip.create_model(name, require_pretrained=True)
     return model, tokenizer
 
@@ -391,19 +303,9 @@ def _open_clip_tokenizer(name: str, config: Mapping[str, Any]) -> Tokenizer:
     home = config["text_cfg"].get("hf_tokenizer_name")
     place = f" from {_hub_cache()} or huggingface.co/{home}" if home else ""
     remedy = "it is downloaded once where there is a network; wrap(..., tokenizer=) takes another copy"
-    with _told(f"the tokenizer of {name}{place}", remedy):
+    with told(f"the tokenizer of {name}{place}", remedy):
         tokenizer: Tokenizer = open_clip.get_tokenizer(name)
     return tokenizer
-
-
-def _of_hugging_face(name: str, **options: Any) -> ClipEncoder:
-    """A model of transformers, here or on the hub."""
-    try:
-        from czsl_heads.encoders import hugging_face
-
-        return hugging_face.load(name, **options)
-    except ImportError as error:
-        raise _missing_transformers(repr(name)) from error
 
 
 def _unknown(name: str) -> str:
@@ -459,51 +361,3 @@ def _of_folder(folder: Path) -> str:
     schemes = {_OPEN_CLIP_CONFIG: "local-dir", RECORD: "tiny", "config.json": "hf"}
     found = next((scheme for name, scheme in schemes.items() if (folder / name).is_file()), None)
     return f'; that folder is "{found}:{folder}"' if found else ", a folder that holds no model"
-
-
-@contextmanager
-def _told(expected: str, remedy: str) -> Iterator[None]:
-    """Whatever another library raises, in one line: what was looked for, where, and how to get it."""
-    try:
-        with _quiet(), asked_once():
-            yield
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] != "transformers":
-            raise
-        raise _missing_transformers(expected) from error
-    except Exception as error:  # what they raise is not written down
-        raise ValueError(f"expected {expected}, got none that can be read ({_reason(error)}); {remedy}") from error
-
-
-def _missing_transformers(what: str) -> ModuleNotFoundError:
-    message = f"expected the package transformers for {what}, got none: {_INSTALL}"
-    return ModuleNotFoundError(message, name="transformers")
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, in a few words; most errors of other libraries are told in several lines."""
-    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
-        return "it holds objects other than tensors"
-    link: BaseException | None = error
-    while link is not None:
-        kinds = [kind.__name__ for kind in type(link).__mro__]
-        for kind in kinds:
-            if kind in _OF_NETWORK:
-                return _OF_NETWORK[kind]
-        link = link.__cause__ or link.__context__
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip logs at the root what it then raises, and that random weights are random."""
-
-    def ours(record: logging.LogRecord) -> bool:
-        return f"{os.sep}open_clip{os.sep}" not in record.pathname
-
-    logging.root.addFilter(ours)
-    try:
-        yield
-    finally:
-        logging.root.removeFilter(ours)

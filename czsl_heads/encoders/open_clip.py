@@ -44,12 +44,11 @@ class OpenClipEncoder(ClipEncoder):
         _check_text(text)
         tokenizer = tokenizer or _default_tokenizer(text)
         config = getattr(model.visual, "preprocess_cfg", None) or {}
+        kind = OpenClipText if _text_pool(text) in ("argmax", "eos") else PlacePooledText
         super().__init__(
             model,
             vision,
-            OpenClipText(text, tokenizer)
-            if _text_pool(text) in ("argmax", "eos")
-            else PlacePooledText(text, tokenizer),
+            kind(text, tokenizer),
             tokenizer=tokenizer,
             preprocess=Preprocess.of_open_clip(vision.image_size, config),
             frozen=frozen,

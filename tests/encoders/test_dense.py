@@ -193,3 +193,24 @@ def test_blocks_of_an_unknown_kind_are_refused(small_clip_factory):
         ValueError, match="expected `dense` to be one of none, value, sclip, clearclip, naclip, got 'csa'"
     ):
         wrap(small_clip_factory(), tokenizer=open_clip.tokenize, dense="csa")
+
+
+@pytest.mark.parametrize("dense", RECIPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_token_zero_is_equal_to_the_bit(name, dense):
+    encoder = build(name)
+    images = images_for(encoder)
+    assert torch.equal(with_recipe(encoder, dense).encode_tokens(images)[:, 0], encoder.encode_tokens(images)[:, 0])
+
+
+@pytest.mark.parametrize("dense", RECIPES)
+def test_a_hook_on_the_last_block_changes_what_both_ways_read(small_encoder, dense):
+    images = images_for(small_encoder)
+    last = with_recipe(small_encoder, dense)
+    before = last.encode_tokens(images)
+    handle = small_encoder.blocks("vision")[-1].register_forward_pre_hook(
+        lambda _, given: (given[0].flip(0), *given[1:])
+    )
+    torch.testing.assert_close(last.encode_tokens(images), before.flip(0), rtol=0, atol=1e-5)
+    handle.remove()
+    assert torch.equal(last.encode_tokens(images), before)

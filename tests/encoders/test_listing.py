@@ -28,11 +28,11 @@ def caches(tmp_path, monkeypatch):
     return tmp_path / ".cache" / "clip", hub
 
 
-def snapshot(hub, repository, *names):
+def snapshot(hub, repository, *names, model_type="clip"):
     folder = hub / f"models--{repository.replace('/', '--')}" / "snapshots" / "0a1b"
     folder.mkdir(parents=True)
     for name in names:
-        (folder / name).write_text("{}")
+        (folder / name).write_text(json.dumps({"model_type": model_type}))
     return folder
 
 
@@ -64,6 +64,11 @@ def test_weights_of_the_caches_are_named_as_they_are_asked_for(caches):
     of_transformers = snapshot(hub, "me/mine", "config.json", "model.safetensors")
     of_open_clip = snapshot(hub, "you/yours", "open_clip_config.json", "open_clip_model.safetensors")
     of_nobody = snapshot(hub, "them/theirs", "weights.bin")
+    of_a_bert = snapshot(hub, "bert/base", "config.json", "model.safetensors", model_type="bert")
+    of_a_tag = snapshot(hub, "timm/vit_base_patch32_clip_224.openai", "config.json", "open_clip_model.safetensors")
+    (hub / "models--me--mine" / "snapshots" / "stray").write_text("no folder")
+    (clip / "ViT-B-32.pt").write_bytes(b"OpenAI's own")
+    (clip / "RN50.pt").write_bytes(b"is refused")
 
     found = {each["file"]: each["name"] for each in list_encoders()["weights"]}
     assert found == {
@@ -72,6 +77,10 @@ def test_weights_of_the_caches_are_named_as_they_are_asked_for(caches):
         str(of_transformers / "model.safetensors"): "hf:me/mine",
         str(of_open_clip / "open_clip_model.safetensors"): "hf-hub:you/yours",
         str(of_nobody / "weights.bin"): None,
+        str(of_a_bert / "model.safetensors"): None,
+        str(of_a_tag / "open_clip_model.safetensors"): "ViT-B-32:openai",
+        str(clip / "ViT-B-32.pt"): f"ViT-B-32:openai={clip / 'ViT-B-32.pt'}",
+        str(clip / "RN50.pt"): None,
     }
     assert wrap(str(clip / "small.pt")).dim == small_openai().text_projection.shape[1]
 

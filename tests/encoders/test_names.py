@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from czsl_heads import wrap
 from czsl_heads.encoders import names
-from czsl_heads.encoders.names import absolute, read_weights
+from czsl_heads.encoders.names import absolute
+from czsl_heads.encoders.weights import read_weights
 from tests.encoders.openai import openai_state, small_openai
 
 ARCHITECTURE, TWIN = "small-for-tests", "small-for-tests-quickgelu"
