@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
     from czsl_heads.models.method import Method
-    from czsl_heads.report.findings import Finding
 
 
 def make_shapes(**arguments: Any) -> int:
@@ -244,6 +243,7 @@ def predict(
     from czsl_heads.report.findings import examine
     from czsl_heads.report.maps import crop_transform
     from czsl_heads.report.overlay import panels, save_strip
+    from czsl_heads.report.terminal import print_finding
 
     check_integer("top", top, 1)
     for path in images:
@@ -262,7 +262,7 @@ def predict(
     for path, target in zip(images, _map_paths(images, out)):
         image = open_image(path)
         finding = examine(model, transform(image)[None].to(device), pairs, texts, top=top)[0]
-        _print_finding(str(path), finding)
+        print_finding(str(path), finding)
         best = finding.predictions[0]
         with _writable("out", out):
             save_strip(f"{path.name}: {best.attribute} {best.object}", panels(crop(image), finding.maps), target)
@@ -301,6 +301,7 @@ def bench(
         0, or 1 if a CLIP could not be had; the others are scored all the same.
     """
     from czsl_heads.data.layout import read_dataset
+    from czsl_heads.report.terminal import print_bench
     from czsl_heads.training.bench import bench as score
     from czsl_heads.training.bench import plot_bench
 
@@ -310,28 +311,12 @@ def bench(
     with _writable("out", out):
         rows = score(names, read_dataset(data), out, aligns=aligns, batch_size=batch_size, trainer=trainer, **options)
         plot_bench(rows, out / "bench.png")
-    _print_bench(rows)
+    print_bench(rows)
     print(f"wrote bench.csv and bench.png to {out}")
     failed = [row for row in rows if row.get("error")]
     for row in failed:
         print(f"{row['encoder']}: {row['error']}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def _print_bench(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table("encoder", "align", title="zero-shot, exact protocol (%)", title_justify="left")
-    columns = {"auc": "AUC", "harmonic_mean": "HM", "seen": "seen", "unseen": "unseen"}
-    for heading in columns.values():
-        table.add_column(heading, justify="right")
-    for row in rows:
-        if row.get("error"):
-            continue
-        table.add_row(escape(row["encoder"]), row["align"], *(f"{100 * row[name]:.1f}" for name in columns))
-    Console().print(table)
 
 
 def encoders(json: bool = False) -> int:
@@ -346,40 +331,14 @@ def encoders(json: bool = False) -> int:
     from json import dumps
 
     from czsl_heads.encoders.listing import list_encoders
+    from czsl_heads.report.terminal import print_encoders
 
     found = list_encoders()
     if json:
         print(dumps(found, indent=2, ensure_ascii=False))
         return 0
-    _print_encoders(found)
+    print_encoders(found)
     return 0
-
-
-def _print_encoders(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    packages = (f"{name} {version or 'not installed'}" for name, version in found["containers"].items())
-    print(f"packages: {', '.join(packages)}")
-    table = Table("vision tower", title="Architectures of open_clip", title_justify="left")
-    table.add_column("wrap", justify="right")
-    table.add_column("with tags", justify="right")
-    table.add_column("such as", overflow="fold")  # whole: to be copied
-    for family, members in found["architectures"].items():
-        tagged = {name: tags for name, tags in members.items() if tags}
-        one = next((f"{name}:{tags[0]}" for name, tags in tagged.items()), next(iter(members)))
-        table.add_row(family, str(len(members)), str(len(tagged)), escape(one))
-    table.add_row("none that wraps", str(len(found["refused"])), "", "--json has the reasons")
-    Console().print(table)
-
-    for name, value in {"tiny": "the embedded one", **found["packages"]}.items():
-        print(f"{name}: {value}")
-    for each in found["weights"]:
-        name = each["name"] or "ARCHITECTURE:PATH"
-        print(f"{name}  {each['bytes'] / 1e6:.1f} MB  {each['file']}")
-    if not found["weights"]:
-        print("no weights in the caches of this machine (~/.cache/clip and the Hugging Face hub's)")
 
 
 def _finished(run: Path, seed: int | None = None) -> tuple[dict[str, Any], int]:
@@ -420,21 +379,6 @@ def _map_paths(images: list[Path], out: Path) -> list[Path]:
         paths.append(next(path for path in numbered if path.resolve() not in taken))
         taken.add(paths[-1].resolve())
     return paths
-
-
-def _print_finding(title: str, finding: Finding) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    parts = list(finding.predictions[0].parts)
-    table = Table("pair", title=escape(title), title_justify="left")
-    for heading in ("score", *parts):
-        table.add_column(heading, justify="right")
-    for row in finding.predictions:
-        numbers = [row.score, *(row.parts[name] for name in parts)]
-        table.add_row(escape(f"{row.attribute} {row.object}"), *(f"{number:.3f}" for number in numbers))
-    Console().print(table)
 
 
 _COMMANDS: dict[str, Callable[..., int]] = {
