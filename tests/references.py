@@ -189,6 +189,26 @@ def reference_relative_modality_gap(images, texts, *, labels=None, include_self=
     return matched / (matched + (mean_within(images) + mean_within(texts)) / 2)
 
 
+def reference_uniformity(vectors):
+    """All ordered pairs, one by one."""
+    unit = [vector / vector.norm() for vector in vectors.double()]
+    size = range(len(unit))
+    potentials = [math.exp(-2 * float((unit[i] - unit[j]).square().sum())) for i in size for j in size if i != j]
+    return math.log(sum(potentials) / len(potentials))
+
+
+def reference_cross_uniformity(images, texts, labels):
+    """Each image against each text of another label, one by one."""
+    images, texts = images.double(), texts.double()
+    potentials = []
+    for image, label in zip(images, labels.tolist()):
+        for column, text in enumerate(texts):
+            if column != label:
+                distance = image / image.norm() - text / text.norm()
+                potentials.append(math.exp(-2 * float(distance.square().sum())))
+    return math.log(sum(potentials) / len(potentials))
+
+
 def reference_bank_insert(row, entry):
     """One insertion into a row of slots, ``None`` if free; an entry is ``(is_text, entropy, arrival, vector)``."""
     if None in row:

@@ -22,6 +22,7 @@ WITHOUT_EXAMPLE = {
     "DataError",
     "CZSLResult",
     "FeasibilityCurve",
+    "GapReport",
     "check",
     "make_shapes",
     "read_dataset",

@@ -113,3 +113,66 @@ def _mean_within(vector_sum: Tensor, count: int, include_self: bool) -> Tensor:
     own = 0 if include_self else count  # cosines of the vectors with themselves
     cosine: Tensor = (vector_sum.square().sum() - own) / (count * (count - (not include_self)))
     return ((1 - cosine) / 2).clamp(min=0)  # rounding must not make equal vectors closer than equal
+
+
+def modality_distance(images: Tensor, texts: Tensor, *, labels: Tensor | None = None) -> Tensor:
+    r"""Distance of the mean image from the mean text, of unit vectors (L2M): :math:`\lVert \bar x - \bar y \rVert`.
+
+    Args:
+        images: ``[images, dim]``; any norm but zero.
+        texts: ``[texts, dim]``; any norm but zero. Without ``labels``, row i is the text of image i: the distance is
+            then the *centroid distance* of matched pairs.
+        labels: Which text belongs to each image, long ``[images]``: each text then counts once, whatever its images.
+
+    Returns:
+        Scalar in [0, 2]; computed and returned in float64 (float32 on devices without it). NaN propagates.
+
+    Raises:
+        TypeError, ValueError: As :func:`relative_modality_gap`, but that one image and one text are enough.
+
+    Example:
+        >>> modality_distance(torch.eye(2), torch.eye(2).flip(0)).item()
+        0.0
+
+    References:
+        Liang et al., Mind the Gap, NeurIPS 2022. Schrodi et al., Two Effects, One Trigger, ICLR 2025.
+    """
+    sums = gather_sums(images, texts, labels)
+    if labels is not None:
+        sums = sums._replace(text_sum=wide_unit_rows("texts", texts).sum(dim=0), num_texts=len(texts))
+    _check_any(sums)
+    distance: Tensor = torch.linalg.vector_norm(sums.image_sum / sums.num_images - sums.text_sum / sums.num_texts)
+    return distance
+
+
+def instance_distance(images: Tensor, texts: Tensor, *, labels: Tensor | None = None) -> Tensor:
+    r"""Mean distance of matched images and texts, of unit vectors (L2I): the mean of :math:`\lVert x_i - y_i \rVert`.
+
+    Args:
+        images: ``[images, dim]``; any norm but zero.
+        texts: ``[texts, dim]``; any norm but zero. Without ``labels``, row i is the text of image i.
+        labels: Which text belongs to each image, long ``[images]``.
+
+    Returns:
+        Scalar in [0, 2]; computed and returned in float64 (float32 on devices without it). NaN propagates.
+
+    Raises:
+        TypeError, ValueError: As :func:`relative_modality_gap`, but that one image and one text are enough.
+
+    Example:
+        >>> round(instance_distance(torch.eye(2), torch.eye(2).flip(0)).item(), 4)
+        1.4142
+
+    References:
+        Schrodi et al., Two Effects, One Trigger, ICLR 2025.
+    """
+    _check_any(gather_sums(images, texts, labels))
+    images, texts = wide_unit_rows("images", images), wide_unit_rows("texts", texts)
+    matched = texts if labels is None else texts[labels]
+    distances: Tensor = torch.linalg.vector_norm(images - matched, dim=1)
+    return distances.mean()
+
+
+def _check_any(sums: GapSums) -> None:
+    if min(int(sums.num_images), int(sums.num_texts)) < 1:
+        raise ValueError(f"expected at least one image and one text, got {sums.num_images} and {sums.num_texts}")

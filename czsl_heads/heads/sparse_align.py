@@ -17,7 +17,7 @@ from czsl_heads._checks import (
     check_shapes,
     check_tensor,
 )
-from czsl_heads.functional.alignment import REDUCTIONS, alignment
+from czsl_heads.functional.alignment import REDUCTIONS, aligned_vectors, alignment
 from czsl_heads.functional.precision import no_autocast, score_dtype
 
 Reduce = Literal["max", "topk", "logsumexp", "mean", "cls", "linear", "attention"]
@@ -115,20 +115,29 @@ class SparseAlignHead(nn.Module):
         check_scalar("logit_scale", logit_scale)
         return logit_scale * self._cosines(tokens, texts)
 
+    def vectors(self, tokens: Tensor, texts: Tensor) -> Tensor:
+        """What stands for each image ``[batch, dim]`` where its tokens meet its own text ``[batch, dim]``.
+
+        See :func:`czsl_heads.functional.aligned_vectors`; of ``"linear"`` and ``"attention"`` it is the pooled vector.
+        """
+        if self.reduce in POOLS:
+            both = self._pooled(tokens)
+            return aligned_vectors(both, texts, include_cls=False, cls_weight=self.cls_weight)
+        return aligned_vectors(tokens, texts, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        names = ("reduce", "k", "temperature", "include_cls", "cls_weight")
+        return {name: getattr(self, name) for name in names}
+
     def _cosines(self, tokens: Tensor, texts: Tensor) -> Tensor:
         if self.reduce in POOLS:
-            return self._pooled_cosines(tokens, texts)
-        return alignment(
-            tokens,
-            texts,
-            reduce=self.reduce,  # type: ignore[arg-type]
-            k=self.k,
-            temperature=self.temperature,
-            include_cls=self.include_cls,
-            cls_weight=self.cls_weight,
-        )
+            both = self._pooled(tokens)
+            return alignment(both, texts, include_cls=False, cls_weight=self.cls_weight)
+        return alignment(tokens, texts, **self._options)
 
-    def _pooled_cosines(self, tokens: Tensor, texts: Tensor) -> Tensor:
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        """[CLS] in front of the one pooled vector, ``[batch, 2, dim]``: the blend is the parameter-free head's."""
         check_tensor("tokens", tokens)
         sizes = check_shapes(tokens=(tokens, f"batch tokens {self.dim}"))
         check_range("tokens.shape[1]", sizes["tokens"], 2 - self.include_cls)
@@ -136,13 +145,7 @@ class SparseAlignHead(nn.Module):
         with no_autocast(tokens.device):
             pooled = self.pool((tokens if self.include_cls else tokens[:, 1:]).to(weight.dtype))
         dtype = score_dtype(tokens, pooled)
-        # [CLS] in front of the one pooled vector: the blend is then the parameter-free head's.
-        return alignment(
-            torch.cat([tokens[:, :1].to(dtype), pooled[:, None].to(dtype)], dim=1),
-            texts,
-            include_cls=False,
-            cls_weight=self.cls_weight,
-        )
+        return torch.cat([tokens[:, :1].to(dtype), pooled[:, None].to(dtype)], dim=1)
 
     def extra_repr(self) -> str:
         named = {"k": self.k, "dim": self.dim, "cls_weight": self.cls_weight or None}

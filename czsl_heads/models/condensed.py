@@ -156,6 +156,10 @@ class Condensed(Method):
     def classify(self, encoded: Any, texts: TextFeatures, *vectors: Tensor) -> list[Any]:
         return self.method.classify(encoded, texts, *vectors)
 
+    def vectors(self, encoded: Any, logits: CondensedLogits, texts: Tensor) -> Tensor:
+        """The condenser's."""
+        return logits.features
+
     def fuse(self, logits: CondensedLogits, pairs: Tensor) -> Tensor:
         """Eq. 12."""
         return self.probabilities(logits, pairs)

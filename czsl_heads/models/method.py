@@ -98,6 +98,11 @@ class Seam(nn.Module):
         logits: Tensor = head(tokens, texts, logit_scale=scale)
         return logits.half().to(logits.dtype) if self.half_logits else logits
 
+    def vectors(self, tokens: Tensor, texts: Tensor) -> Tensor:
+        """What stands for each image where it meets its own text ``[batch, dim]``, ``[batch, dim]``."""
+        head = self.head if tokens.shape[1] > 1 else self.only
+        return head.vectors(tokens, texts)
+
 
 def tokens_of(encoded: Any) -> Tensor:
     """The tokens ``[batch, tokens, dim]`` among what :meth:`Method.encode` gives."""
@@ -155,6 +160,10 @@ class Method(nn.Module, Saved):
     def classify(self, encoded: Any, texts: TextFeatures, *vectors: Tensor) -> list[Any]:
         """What :meth:`compare` says of the vectors, without comparing the tokens."""
         return [self._logits_of(vector[:, None], texts) for vector in vectors]
+
+    def vectors(self, encoded: Any, logits: Any, texts: Tensor) -> Tensor:
+        """What stands for each image ``[batch, dim]`` where it meets its own text ``[batch, dim]``; of any norm."""
+        return self.seam.vectors(tokens_of(encoded), texts)
 
     def _logits_of(self, tokens: Tensor, texts: TextFeatures) -> Logits:
         scale = self.encoder.logit_scale

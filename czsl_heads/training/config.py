@@ -39,6 +39,7 @@ _NEUTRAL: dict[str, tuple[str, Any]] = {
     "pilot": ("patch_drop", 0),
     "blend": ("head.cls_weight", 0),
     "reductions": ("head.cls_weight", 0),
+    "gap": ("gap_loss", None),
 }
 # Flags of the trainer that an option decides, or that would leave no checkpoint or no log.
 _RESERVED = (
@@ -140,6 +141,7 @@ def configure(
     reductions: bool = False,
     pilot: bool = False,
     blend: bool = False,
+    gap: bool = False,
     sweep: str | None = None,
     world: Literal["closed", "open"] = "closed",
     feasibility: str = "encoder",
@@ -169,6 +171,7 @@ def configure(
         reductions: Also train an alignment branch by every reduction over tokens (Table 5).
         pilot: Also train [CLS] with part of the patches hidden: AUC and modality gap by drop rate (Fig. 2).
         blend: Also train the alignment branch with [CLS] blended in (Fig. 4, left).
+        gap: Also train [CLS], several reductions and the condenser with each loss that closes the gap, and without.
         sweep: Also vary one of alpha, beta, gamma, depth, slots, or several with commas between them.
         world: "open" also masks the open world's scores by feasibility, at a threshold searched on validation images;
             docs/open_world.md describes it. The open world without feasibility is in every table.
@@ -188,7 +191,8 @@ def configure(
     added = check_added(add)
     if added and table == "steps":
         raise ValueError('expected `add` with table="alignment" only, got it with "steps", which has all of it')
-    studies = [name for name, asked in zip(("reductions", "pilot", "blend"), (reductions, pilot, blend)) if asked]
+    switches = {"reductions": reductions, "pilot": pilot, "blend": blend, "gap": gap}
+    studies = [name for name, asked in switches.items() if asked]
     for name in sweep.split(",") if sweep else ():
         check_choice("sweep", name, SWEEPS)
         studies.append(name)

@@ -12,6 +12,7 @@ from czsl_heads._checks import check_choice, check_integer, check_kind, check_po
 from czsl_heads._files import flatten
 from czsl_heads.encoders.dense import Dense
 from czsl_heads.functional.distill import Direction
+from czsl_heads.functional.gap_losses import GAP_LOSSES, GapLoss
 from czsl_heads.heads.sparse_align import Reduce
 from czsl_heads.models.condensed import check_weights
 from czsl_heads.models.recipe import (
@@ -67,6 +68,9 @@ class Options:
         joint: Train both stages at once instead (Eq. 11), from the start.
         alpha: Weight of the distillation in stage II, in [0, 1].
         direction: Direction of the distillation: ``reverse`` is KL(condenser || alignment), ``forward`` the other way.
+        gap_loss: ``cua`` or ``cuaxu``: also close the gap between images and texts, in each stage that is trained; see
+            :mod:`czsl_heads.training.gap_loss`.
+        gap_weight: Weight of that loss.
         beta: Weight of the method itself in the fused scores, in [0, 1].
         gamma: Weight of the memory bank in the fused scores, at least 0.
         dense: What the last block does to the patch tokens, none of it trained: ``none``, ``value``, ``sclip``,
@@ -98,6 +102,8 @@ class Options:
     joint: bool = False
     alpha: float = 0.5
     direction: Direction = "reverse"
+    gap_loss: GapLoss | None = None
+    gap_weight: float = 0.1
     beta: float = 0.5
     gamma: float = 0.5
     dense: Dense = "none"
@@ -124,12 +130,20 @@ class Options:
             check_positive(name, getattr(self, name))
         if self.condense_learning_rate is not None:
             check_positive("condense_learning_rate", self.condense_learning_rate)
-        check_range("weight_decay", self.weight_decay, 0)
+        for name in ("weight_decay", "gap_weight"):
+            check_range(name, getattr(self, name), 0)
         check_range("patch_drop", self.patch_drop, 0, 0.99)
         check_weights(alpha=self.alpha, beta=self.beta, gamma=self.gamma, direction=self.direction)
         check_choice("dense", self.dense, get_args(Dense))
         check_choice("selection", self.selection, get_args(Selection))
         check_choice("incomplete_group", self.incomplete_group, ("mean", "full"))
+        if self.gap_loss is not None:
+            check_choice("gap_loss", self.gap_loss, GAP_LOSSES)
+            if self.micro_batch is not None and self.micro_batch < self.batch_size:
+                raise ValueError(
+                    f"expected `micro_batch` to be None with gap_loss={self.gap_loss!r}, which compares all images of "
+                    f"a batch, got {self.micro_batch} of {self.batch_size}"
+                )
         for name in ("checkpoint", "condense_augment", "joint"):
             check_kind(name, getattr(self, name), bool)
         if self.cache is not None:

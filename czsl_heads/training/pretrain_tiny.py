@@ -35,6 +35,7 @@ from czsl_heads.data.shapes import companions, split_pairs, unseen_pairs
 from czsl_heads.encoders.open_clip import OpenClipEncoder
 from czsl_heads.encoders.tiny import IMAGE_SIZE, MERGES, RECORD, WEIGHTS, build_tiny
 from czsl_heads.encoders.transforms import CLIP_MEAN, CLIP_STD
+from czsl_heads.functional.gap_losses import GapLoss, contrastive_loss, gap_loss
 
 PREFIXES = ("a photo of a", "a photo of", "a picture of a", "an image of the", "a", "the", "a drawing of a", "")
 PAIR_TEMPLATES = tuple(f"{prefix} {{attribute}} {{object}}".strip() for prefix in PREFIXES)
@@ -56,7 +57,8 @@ class PretrainSpec:
     """The run: ``images`` drawn once, ``steps`` of ``batch_size``, a share ``spelled`` of captions in letters.
 
     ``pair_weight`` and ``part_weight`` weigh the losses of captions that name the pair, and the attribute or the object
-    alone; ``layers`` and ``patch_size`` are of the vision tower.
+    alone; ``layers`` and ``patch_size`` are of the vision tower. ``gap_loss`` (``cua`` or ``cuaxu``) is added to the
+    contrastive loss of each kind of caption, with ``gap_weight``.
     """
 
     images: int = 60_000
@@ -72,6 +74,8 @@ class PretrainSpec:
     part_weight: float = 0.3
     layers: int = 4
     patch_size: int = 8
+    gap_loss: GapLoss | None = None
+    gap_weight: float = 1.0
 
 
 def train_merges(words: Iterable[str]) -> list[tuple[str, str]]:
@@ -151,7 +155,7 @@ class _Pretraining(lightning.LightningModule):
         pixels, labels = batch
         if self.rng.random() < 0.5:
             pixels = pixels.flip(-1)
-        images = F.normalize(self._vision(_normalise(pixels)), dim=-1)
+        images = self._vision(_normalise(pixels))
         scale = self.encoder.logit_scale.clamp(max=100)
         total = images.new_zeros(())
         for templates, named, option in _CAPTIONS:
@@ -161,8 +165,11 @@ class _Pretraining(lightning.LightningModule):
             captioned, inverse = labels[:, named].unique(dim=0, return_inverse=True)
             template = templates[self.rng.integers(len(templates))]
             texts = [_caption(template, named, key) for key in captioned.tolist()]
-            features = F.normalize(self._encode(texts), dim=-1)
-            total = total + weight * _contrastive(scale * images @ features.T, inverse)
+            features = self._encode(texts)
+            total = total + weight * contrastive_loss(images, features, labels=inverse, temperature=1 / scale)
+            if self.spec.gap_loss is not None:
+                gap = gap_loss(self.spec.gap_loss, images, features, inverse)
+                total = total + weight * self.spec.gap_weight * gap
         self.log("loss", total, prog_bar=True)
         return total
 
@@ -193,13 +200,6 @@ class _Pretraining(lightning.LightningModule):
 def _caption(template: str, named: Sequence[int], key: Sequence[int]) -> str:
     kinds = ((_KINDS[kind], index) for kind, index in zip(named, key))
     return template.format(**{name: words[index] for (name, words), index in kinds})
-
-
-def _contrastive(logits: Tensor, target: Tensor) -> Tensor:
-    """Image to text, and text to its images (all images of a caption are positives)."""
-    positives = F.one_hot(target, logits.shape[1]).T.float()
-    positives = positives / positives.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, positives)) / 2
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from czsl_heads._checks import check_choice
+from czsl_heads.functional.gap_losses import GAP_LOSSES
 from czsl_heads.heads.sparse_align import Reduce
 from czsl_heads.training.options import Options
 
@@ -234,6 +235,19 @@ def _blend(options: Options) -> Study:
     return Study("Weight of [CLS] in the alignment score (Fig. 4)", "weight of [CLS]", _points("alignment", variants))
 
 
+def _gap(options: Options) -> Study:
+    aligned = {"cls": CLS, "max": MAX, "topk": TOPK, "logsumexp": Trained("logsumexp", align="logsumexp")}
+    by_condenser = Readout(beta=0.0, probabilities=True)
+    points: list[Row] = []
+    for loss in (None, *GAP_LOSSES):
+        title = "no loss for the gap" if loss is None else loss.upper()
+        for name, plain in {**aligned, "vac": VAC}.items():
+            changed = replace(plain, folder=f"{name}-{loss}", changes={"gap_loss": loss})
+            readout = by_condenser if name == "vac" else Readout()
+            points.append(Row(f"{name} {loss}", title, plain if loss is None else changed, readout, value=name))
+    return Study("Losses that close the gap, by what is compared with texts", "compared", tuple(points))
+
+
 def _condensers(name: str, option: str, values: tuple[float, ...]) -> dict[Any, Trained]:
     return {value: Trained(f"{name}-{value}", stage="condense", base=MAX, changes={option: value}) for value in values}
 
@@ -281,6 +295,7 @@ STUDIES: dict[str, Callable[[Options], Study]] = {
     "reductions": _reductions,
     "pilot": _pilot,
     "blend": _blend,
+    "gap": _gap,
     "alpha": _alpha,
     "beta": _beta,
     "gamma": _gamma,

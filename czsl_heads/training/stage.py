@@ -16,6 +16,7 @@ from czsl_heads.models.method import Method
 from czsl_heads.prompts.soft import TextFeatures
 from czsl_heads.training.cache import CACHE_BYTES, EncodedImages, encode_images
 from czsl_heads.training.evaluate import PROTOCOLS
+from czsl_heads.training.gap_loss import add_gap_loss
 from czsl_heads.training.loaders import eval_loader, train_loader
 from czsl_heads.training.micro_batch import losses_in_parts
 from czsl_heads.training.options import Options
@@ -125,13 +126,14 @@ class Stage(lightning.LightningModule):
             self.model.eval()
             self.model.train()
 
-    def _compare(self, batch: Any, texts: TextFeatures) -> Any:
-        """Logits of images, or of images that were encoded before."""
+    def _compare(self, batch: Any, texts: TextFeatures) -> tuple[Any, Any]:
+        """Encoding and logits of images, or of images that were encoded before."""
         if len(batch) == 3:
             assert self.behind is not None
             encoded, aligned, _ = batch
-            return self.behind.compare(encoded, texts, aligned=aligned)[0]
-        return self.model.compare(self.model.encode(batch[0]), texts)[0]
+            return encoded, self.behind.compare(encoded, texts, aligned=aligned)[0]
+        encoded = self.model.encode(batch[0])
+        return encoded, self.model.compare(encoded, texts)[0]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         size = len(batch[-1])
@@ -151,8 +153,13 @@ class Stage(lightning.LightningModule):
 
     def _losses(self, batch: Any, texts: TextFeatures) -> dict[str, Tensor]:
         target = self.get_buffer("_train_column")[batch[-1]]
-        pairs = self.train_space.pairs_on(self.device)
-        return self.model.losses(self._compare(batch, texts), pairs, target)
+        encoded, logits = self._compare(batch, texts)
+        losses = self.model.losses(logits, self.train_space.pairs_on(self.device), target)
+        kind, weight = self.options.gap_loss, self.options.gap_weight
+        if kind is None:
+            return losses
+        vectors = self.model.vectors(encoded, logits, texts.pairs[target])
+        return add_gap_loss(losses, vectors, texts.pairs, target, kind=kind, weight=weight)
 
     def _losses_in_parts(self, batch: Any, texts: TextFeatures) -> dict[str, Tensor]:
         assert self.options.micro_batch is not None
@@ -181,7 +188,7 @@ class Stage(lightning.LightningModule):
     def validation_step(self, batch: Any) -> None:
         assert self._val_texts is not None
         pairs, columns = self.dataset.space.pairs_on(self.device), batch[-1]
-        logits = self._compare(batch, self._val_texts)
+        _, logits = self._compare(batch, self._val_texts)
         scores = self.model.fuse(logits, pairs).cpu()
         for score in self._scores.values():
             score.update(scores, columns.cpu())

@@ -203,7 +203,9 @@ def _rounded(curve: list[list[float | None]]) -> list[list[float | None]]:
 def _check_same(folder: Path, recipe: Recipe, options: Options, seed: int) -> None:
     """Raise ValueError unless the finished model of a folder has this recipe, these options and this seed."""
     record = read_json(folder / RECORD)
-    found = flatten({name: record[name] for name in ("recipe", "options", "seed")})
+    # A model of an earlier version lacks the options of later ones, and was trained without.
+    defaults = {"recipe": Recipe(recipe.method).as_dict(), "options": Options().as_dict()}
+    found = flatten(plain(defaults)) | flatten({name: record[name] for name in ("recipe", "options", "seed")})
     wanted = flatten(plain({"recipe": recipe.as_dict(), "options": options.as_dict(), "seed": seed}))
     for name in sorted(found.keys() | wanted.keys()):
         before, now = found.get(name), wanted.get(name)

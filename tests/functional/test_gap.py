@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from czsl_heads.functional.gap import GapSums, gap_of_sums, gather_sums, relative_modality_gap
+from czsl_heads.functional.gap import (
+    GapSums,
+    gap_of_sums,
+    gather_sums,
+    instance_distance,
+    modality_distance,
+    relative_modality_gap,
+)
 from tests.references import reference_relative_modality_gap
 
 # The released code's own functions, called in float64 on these rows, give the golden values below.
@@ -295,3 +302,37 @@ def test_vectors_without_a_direction_are_told():
     texts[4], labels[:] = 0, torch.arange(11) % 4  # a class that no image has
     with pytest.raises(ValueError, match=r"expected `texts` without zero vectors, got one in row 4"):
         relative_modality_gap(images, texts, labels=labels)
+
+
+def test_golden_distances():
+    # Computed by the released code's own functions, in float64.
+    matched = TEXTS[LABELS]
+    found = [
+        modality_distance(IMAGES, TEXTS, labels=LABELS),
+        modality_distance(IMAGES, matched),
+        instance_distance(IMAGES, matched),
+        instance_distance(IMAGES, TEXTS, labels=LABELS),
+    ]
+    expected = [0.26783708104793713, 0.19193876819946523, 0.7565267540911993, 0.7565267540911993]
+    assert [value.item() for value in found] == pytest.approx(expected, abs=1e-12)
+
+
+@given(sizes=st.tuples(st.integers(1, 13), st.integers(1, 7), st.integers(1, 11)), seed=st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_distances_equal_a_loop(sizes, seed):
+    images, texts, labels = draw(*sizes, seed=seed)
+    unit = [vector / vector.norm() for vector in images], [vector / vector.norm() for vector in texts]
+    means = [sum(vectors) / len(vectors) for vectors in unit]
+    apart = [(image - unit[1][label]).norm().item() for image, label in zip(unit[0], labels.tolist())]
+    distance = modality_distance(3 * images, texts.float(), labels=labels)
+    assert distance.item() == pytest.approx((means[0] - means[1]).norm().item(), abs=1e-6)
+    assert instance_distance(images, texts, labels=labels).item() == pytest.approx(sum(apart) / len(apart), abs=1e-12)
+
+
+def test_distances_of_nothing_are_told():
+    images, texts, labels = draw()
+    for distance in (modality_distance, instance_distance):
+        with pytest.raises(ValueError, match="expected at least one image and one text, got 0 and 0"):
+            distance(images[:0], texts[:0])
+        with pytest.raises(ValueError, match=r"expected `labels` to be in \[0, 4\], got -1"):
+            distance(images, texts, labels=labels.clone().fill_(-1))
