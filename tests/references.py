@@ -209,6 +209,15 @@ def reference_cross_uniformity(images, texts, labels):
     return math.log(sum(potentials) / len(potentials))
 
 
+def reference_mix_experts(tokens, down, up, weights, experts):
+    """Token by token, and expert by expert."""
+    mixed = torch.zeros_like(tokens)
+    for row, token in enumerate(tokens):
+        for weight, expert in zip(weights[row], experts[row].tolist()):
+            mixed[row] += weight * (up[expert] @ (down[expert] @ token))
+    return mixed
+
+
 def reference_bank_insert(row, entry):
     """One insertion into a row of slots, ``None`` if free; an entry is ``(is_text, entropy, arrival, vector)``."""
     if None in row:

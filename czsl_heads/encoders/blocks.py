@@ -52,6 +52,21 @@ class AdaptedAttention(AdaptedLayer, Protocol):
         ...
 
 
+@runtime_checkable
+class AdaptedMLP(AdaptedLayer, Protocol):
+    """An adapted layer in the place of an MLP, with something of its own beside it.
+
+    Attributes:
+        base: The MLP itself.
+        mixture: What stands beside it, and reads the same.
+    """
+
+    @property
+    def base(self) -> nn.Module: ...
+    @property
+    def mixture(self) -> nn.Module: ...
+
+
 class Heads(NamedTuple):
     """What attention compares and reads of tokens, each ``[batch, length, heads, head_dim]``."""
 
@@ -149,8 +164,13 @@ class BlockParts:
 
     def norm(self, half: Half, stream: Tensor) -> Tensor:
         """The stream ``[..., width]`` as attention or the MLP reads it, ``[..., width]``."""
-        normed: Tensor = self._part(self.names.norms, half)(stream)
+        normed: Tensor = self.norm_layer(half)(stream)
         return normed
+
+    def norm_layer(self, half: Half) -> nn.Module:
+        """The layer behind :meth:`norm`."""
+        layer: nn.Module = self._part(self.names.norms, half)
+        return layer
 
     @property
     def num_heads(self) -> int:
@@ -257,8 +277,9 @@ class BlockParts:
             Nothing if there is no such layer: ``nn.MultiheadAttention`` has its weights in its own hands.
         """
         if matrix in ("fc", "proj"):
-            into, back = _mlp_layers(self.mlp)
-            return [(self.mlp, name) for name in (into if matrix == "fc" else back)]
+            mlp = self.mlp.base if isinstance(self.mlp, AdaptedMLP) else self.mlp
+            into, back = _mlp_layers(mlp)
+            return [(mlp, name) for name in (into if matrix == "fc" else back)]
 
         name = self.names.out if matrix == "o" else f"{matrix}_proj"
         if matrix != "o" and getattr(self.attention, "qkv", None) is not None:
@@ -300,6 +321,11 @@ def mixing_layer(layer: nn.Module) -> nn.Module | None:
         if (inner := mixing_layer(child)) is not None:
             return inner
     return None
+
+
+def reads_one_token(layer: nn.Module) -> bool:
+    """True of a layer that is known to act on each token by itself, with all that it holds."""
+    return _is_per_token(layer) and mixing_layer(layer) is None
 
 
 def is_plain_attention(layer: Any) -> bool:
