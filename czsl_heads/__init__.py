@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from czsl_heads import functional as functional
 from czsl_heads.heads.condenser import VACondenser as VACondenser
 from czsl_heads.heads.memory_bank import DynamicMemoryBank as DynamicMemoryBank
+from czsl_heads.heads.semantic_variants import SemanticVariantHead as SemanticVariantHead
 from czsl_heads.heads.sparse_align import SparseAlignHead as SparseAlignHead
 from czsl_heads.space import CompositionSpace as CompositionSpace
 
 if TYPE_CHECKING:
     from czsl_heads import data as data
     from czsl_heads import metrics as metrics
+    from czsl_heads.adapters.experts import add_experts as add_experts
     from czsl_heads.adapters.lora import add_lora as add_lora
     from czsl_heads.adapters.lora import merge_lora as merge_lora
     from czsl_heads.adapters.lora import remove_lora as remove_lora
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "SAC": "czsl_heads.models.sac",
     "SoftPrompts": "czsl_heads.prompts.soft",
+    "add_experts": "czsl_heads.adapters.experts",
     "add_lora": "czsl_heads.adapters.lora",
     "load": "czsl_heads.models.saved",
     "merge_lora": "czsl_heads.adapters.lora",
@@ -44,9 +47,11 @@ __all__ = [
     "SAC",
     "CompositionSpace",
     "DynamicMemoryBank",
+    "SemanticVariantHead",
     "SoftPrompts",
     "SparseAlignHead",
     "VACondenser",
+    "add_experts",
     "add_lora",
     "data",
     "functional",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from czsl_heads._checks import check_choice, check_integer
 from czsl_heads.encoders.blocks import BlockParts, has_hooks, reads_one_token
 from czsl_heads.encoders.clip import ClipEncoder
 from czsl_heads.encoders.protocol import Encoder, Tower, check_encoder
-from czsl_heads.functional.experts import DISPATCHES, Dispatch, gates, mix_experts, moves_tokens, route
+from czsl_heads.functional.experts import DISPATCHES, Dispatch, mix_experts, moves_tokens, route
 from czsl_heads.functional.precision import score_dtype
 
 
@@ -220,15 +221,15 @@ def mixtures_of(encoder: Encoder, tower: Tower) -> list[ExpertMixture]:
 
 @contextmanager
 def watch_routing(encoder: Encoder, tower: Tower) -> Iterator[list[list[Tensor]]]:
-    """Keep the gates of every call within a ``with`` block, for pictures and for losses of the load.
+    """Keep what the routers say in every call within a ``with`` block, for pictures and for losses of the load.
 
     Args:
         encoder: A wrapped CLIP with experts.
         tower: ``"vision"`` or ``"text"``.
 
     Yields:
-        For each block a list, which grows by one tensor for each call: weights of all routed experts, of every token,
-        zero where one was not chosen, ``[tokens of the call, experts]``. Gradients reach the router.
+        For each block a list, which grows by one tensor for each call: the router's logits of every token, ``[tokens of
+        the call, experts]``, with gradients; :func:`czsl_heads.functional.experts.route` reads them.
 
     Raises:
         ValueError: The tower has no experts.
@@ -246,21 +247,48 @@ def watch_routing(encoder: Encoder, tower: Tower) -> Iterator[list[list[Tensor]]
     if not mixtures:
         raise ValueError(f"expected a {tower} tower with experts, as `add_experts` makes it, got one without")
     calls: list[list[Tensor]] = [[] for _ in mixtures]
-
-    def keep_in(own: list[Tensor], topk: int) -> Any:
-        def keep(router: nn.Module, inputs: Any, logits: Tensor) -> None:
-            own.append(gates(*route(logits, topk), logits.shape[-1]))
-
-        return keep
-
     handles = []
     for mixture, own in zip(mixtures, calls):
-        handles.append(mixture.router.register_forward_hook(keep_in(own, mixture.topk)))
+        handles.append(mixture.router.register_forward_hook(partial(_keep, own)))
     try:
         yield calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _keep(own: list[Tensor], router: nn.Module, inputs: Any, logits: Tensor) -> None:
+    own.append(logits)
+
+
+def load_balance(encoder: Encoder, tower: Tower, calls: list[list[Tensor]], batch: int) -> Tensor:
+    r"""How unevenly the tokens of each image or text load the experts, mean over blocks; 1 where they do evenly.
+
+    .. math:: N \sum_i f_i P_i
+
+    with :math:`f_i` the share of the choices that fell on expert i and :math:`P_i` its mean probability.
+
+    Args:
+        encoder: A wrapped CLIP with experts.
+        tower: ``"vision"`` or ``"text"``.
+        calls: Of :func:`watch_routing`, of which the first call is read.
+        batch: Images or texts of that call.
+
+    Returns:
+        ``[batch]``; gradients reach the routers through :math:`P`.
+
+    References:
+        Fedus, Zoph and Shazeer, Switch Transformers, JMLR 2022; within each sequence as in DeepSeek-V3.
+    """
+    found = []
+    for block, mixture, own in zip(encoder.blocks(tower), mixtures_of(encoder, tower), calls):
+        rows = own[0].unflatten(0, (batch, -1) if BlockParts(block).batch_first else (-1, batch))
+        logits = rows if BlockParts(block).batch_first else rows.transpose(0, 1)  # [batch, tokens, experts]
+        _, chosen = route(logits, mixture.topk)
+        shares = F.one_hot(chosen, mixture.experts).float().mean(dim=(1, 2))
+        probabilities = logits.softmax(dim=-1).mean(dim=1)
+        found.append(mixture.experts * (shares * probabilities).sum(dim=1))
+    return torch.stack(found).mean(dim=0)
 
 
 def encode_variants(encoder: Any, images: Tensor, *, checkpoint: bool = False) -> tuple[Tensor, Tensor]:

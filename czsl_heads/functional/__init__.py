@@ -3,6 +3,8 @@
 from czsl_heads.functional.alignment import aligned_vectors as aligned_vectors
 from czsl_heads.functional.alignment import alignment as alignment
 from czsl_heads.functional.distill import distillation as distillation
+from czsl_heads.functional.experts import mix_experts as mix_experts
+from czsl_heads.functional.experts import route as route
 from czsl_heads.functional.feasibility import FeasibilityCurve as FeasibilityCurve
 from czsl_heads.functional.feasibility import feasibility as feasibility
 from czsl_heads.functional.feasibility import feasibility_thresholds as feasibility_thresholds
@@ -20,6 +22,8 @@ from czsl_heads.functional.gap_losses import cuaxu_loss as cuaxu_loss
 from czsl_heads.functional.maxsim import maxsim as maxsim
 from czsl_heads.functional.protocol import CZSLResult as CZSLResult
 from czsl_heads.functional.protocol import czsl_scores as czsl_scores
+from czsl_heads.functional.semantic_variants import choose_variants as choose_variants
+from czsl_heads.functional.semantic_variants import primitive_scores as primitive_scores
 from czsl_heads.functional.spectrum import effective_rank as effective_rank
 from czsl_heads.functional.spectrum import explained_variance as explained_variance
 from czsl_heads.functional.uniformity import cross_uniformity_loss as cross_uniformity_loss
@@ -31,6 +35,7 @@ __all__ = [
     "aligned_vectors",
     "alignment",
     "alignment_loss",
+    "choose_variants",
     "combine",
     "contrastive_loss",
     "cross_uniformity_loss",
@@ -46,8 +51,11 @@ __all__ = [
     "instance_distance",
     "mask_infeasible",
     "maxsim",
+    "mix_experts",
     "modality_distance",
+    "primitive_scores",
     "relative_modality_gap",
+    "route",
     "search_threshold",
     "uniformity_loss",
 ]

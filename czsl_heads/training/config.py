@@ -15,6 +15,7 @@ from czsl_heads.functional.feasibility import Masking
 from czsl_heads.heads.sparse_align import Reduce
 from czsl_heads.models.registry import method_names
 from czsl_heads.training.options import Options, change, load_options, nest
+from czsl_heads.training.own_table import has_own_table, own_table
 from czsl_heads.training.rows import (
     STUDIES,
     TABLES,
@@ -107,6 +108,8 @@ class Config:
     @property
     def whole_table(self) -> Table:
         """The table, with rows that were not asked for."""
+        if self.table == "own":
+            return own_table(self.method)
         return one_model(self.align, self.add) if self.table == "one" else TABLES[self.table]
 
     @property
@@ -135,7 +138,7 @@ def configure(
     seeds: int = 1,
     first_seed: int = 0,
     imbalance: float | None = None,
-    table: Literal["steps", "alignment"] | None = None,
+    table: Literal["steps", "alignment", "own"] | None = None,
     add: Sequence[Addition] = (),
     quick: bool = False,
     reductions: bool = False,
@@ -152,7 +155,7 @@ def configure(
     """The configuration of a table, from the arguments of ``czsl ablate``.
 
     Args:
-        method: sac, clip, coop, csp or troika, or a method that another package brings.
+        method: sac, clip, coop, csp, troika or eva, or a method that another package brings.
         data: "shapes", drawn into the output folder, or the path of a data set in the field's layout.
         encoder: "tiny", ARCHITECTURE:TAG of open_clip, such as ViT-L-14:openai, ARCHITECTURE:PATH or the PATH of
             OpenAI's own file, hf:OWNER/NAME or hf:DIR of transformers, or another name that czsl_heads.wrap takes;
@@ -163,8 +166,9 @@ def configure(
             trained.
         first_seed: The first of them.
         imbalance: Information imbalance of the shapes world, in [0, 1].
-        table: "steps" builds SAC up step by step (its default); "alignment" puts Sparse Alignment into the method, and
-            what --add names behind it (the default of the others).
+        table: "steps" builds SAC up step by step (its default); "own" is the table that a method brings (the default
+            where there is one, as for eva); "alignment" puts Sparse Alignment into the method, and what --add names
+            behind it (the default of the others).
         add: With the table "alignment": "vac", a condenser behind the method with Sparse Alignment; "vac" and "bank", a
             memory bank of its vectors too.
         quick: Fewer images and epochs: a check that everything runs, in under three minutes on two cores.
@@ -186,11 +190,13 @@ def configure(
         ValueError: An argument is out of range, unknown, or has no meaning for this method, data or world.
     """
     check_choice("method", method, method_names())
-    table = table or ("steps" if method == "sac" else "alignment")
-    check_choice("table", table, tuple(TABLES))
+    table = table or _default_table(method)
+    check_choice("table", table, (*TABLES, "own"))
     added = check_added(add)
-    if added and table == "steps":
-        raise ValueError('expected `add` with table="alignment" only, got it with "steps", which has all of it')
+    if added and table != "alignment":
+        raise ValueError(
+            f'expected `add` with table="alignment" only, got it with "{table}", which has rows of its own'
+        )
     switches = {"reductions": reductions, "pilot": pilot, "blend": blend, "gap": gap}
     studies = [name for name, asked in switches.items() if asked]
     for name in sweep.split(",") if sweep else ():
@@ -203,17 +209,23 @@ def configure(
         found = flatten(config.options.as_dict())[option]
         if study in studies and found != neutral:
             raise ValueError(f"expected `options.{option}` to be {neutral} in the study {study}, got {found}")
-    trains = bool(config.options.epochs or added or table == "steps" or studies)
+    trains = bool(config.options.epochs or added or chosen != "alignment" or studies)
     return replace(
         config,
         seeds=config.seeds if trains else config.seeds[:1],
-        table=table,
+        table=chosen,
         add=added,
         studies=studies,
         world=world,
         feasibility=feasibility if feasibility == "encoder" else str(Path(feasibility).resolve()),
         masking=masking,
     )
+
+
+def _default_table(method: str) -> TableName:
+    if has_own_table(method):
+        return "own"
+    return "steps" if method == "sac" else "alignment"
 
 
 def configure_model(
@@ -235,7 +247,7 @@ def configure_model(
     """The configuration of one model, from the arguments of ``czsl train``.
 
     Args:
-        method: sac, clip, coop, csp or troika, or a method that another package brings.
+        method: sac, clip, coop, csp, troika or eva, or a method that another package brings.
         data: "shapes", drawn into the output folder, or the path of a data set in the field's layout.
         encoder: "tiny", ARCHITECTURE:TAG of open_clip, such as ViT-L-14:openai, ARCHITECTURE:PATH or the PATH of
             OpenAI's own file, hf:OWNER/NAME or hf:DIR of transformers, or another name that czsl_heads.wrap takes;

@@ -12,7 +12,7 @@ from czsl_heads.heads.sparse_align import Reduce
 from czsl_heads.training.options import Options
 
 Addition = Literal["vac", "bank"]
-TableName = Literal["steps", "alignment", "one"]
+TableName = Literal["steps", "alignment", "own", "one"]
 
 
 class BankPlan(NamedTuple):
@@ -143,6 +143,8 @@ CLS_LONGER, MAX_LONGER = Trained("cls", align="cls", longer=True), Trained("max"
 _FUSED = Readout(beta=None, probabilities=True)
 _BANK = Readout(None, None, BankPlan())
 _ADAPTED = Readout(None, None, BankPlan(texts=True, updates=True))
+# By the names that a method's own table has for them.
+READOUTS = {"alone": Readout(), "fused": _FUSED, "bank": _BANK}
 
 TABLES: dict[TableName, Table] = {
     # Table 4 of the SAC paper, and rows with the budget of both stages beside those with the budget of one.

@@ -109,7 +109,7 @@ def test_wrong_arguments_raise(arguments: dict, message: str) -> None:
         ({"first_seed": -1}, r"expected `first_seed` to be in \[0, 4294967295\], got -1"),
         ({"first_seed": 2**33}, "expected `first_seed` to be in"),
         ({"table": "one"}, "expected `table` to be one of steps, alignment, got 'one'"),
-        ({"add": ["vac"]}, 'expected `add` with table="alignment" only, got it with "steps", which has all of it'),
+        ({"add": ["vac"]}, 'expected `add` with table="alignment" only, got it with "steps", whose rows are its own'),
         ({"sweep": "beta,delta"}, "expected `sweep` to be one of alpha, beta, gamma, depth, slots, got 'delta'"),
         ({"pilot": True, "options": {"patch_drop": 0.3}}, r"expected `options.patch_drop` to be 0 in the study pilot"),
         *(
