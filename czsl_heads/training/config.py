@@ -190,13 +190,11 @@ def configure(
         ValueError: An argument is out of range, unknown, or has no meaning for this method, data or world.
     """
     check_choice("method", method, method_names())
-    table = table or _default_table(method)
-    check_choice("table", table, (*TABLES, "own"))
+    chosen: TableName = table or _default_table(method)
+    check_choice("table", chosen, (*TABLES, "own"))
     added = check_added(add)
-    if added and table != "alignment":
-        raise ValueError(
-            f'expected `add` with table="alignment" only, got it with "{table}", which has rows of its own'
-        )
+    if added and chosen != "alignment":
+        raise ValueError(f'expected `add` with table="alignment" only, got it with "{chosen}", whose rows are its own')
     switches = {"reductions": reductions, "pilot": pilot, "blend": blend, "gap": gap}
     studies = [name for name, asked in switches.items() if asked]
     for name in sweep.split(",") if sweep else ():
