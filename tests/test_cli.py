@@ -77,7 +77,11 @@ def test_make_shapes_writes_a_data_set_that_check_accepts(tmp_path: Path) -> Non
         (["ablate"], 2, "arguments are required: ablate.out"),
         (["fly"], 2, "invalid choice"),
         (["train"], 2, "arguments are required: train.out"),
-        (["train", "--out", "o", "--method", "eva"], 1, "expected `method` to be one of clip, coop, csp, sac, troika"),
+        (
+            ["train", "--out", "o", "--method", "duplex"],
+            1,
+            "expected `method` to be one of clip, coop, csp, eva, sac, troika",
+        ),
         (["train", "--out", "o", "--method", "csp", "--options.layers=1"], 1, "expected `options` to be one of epochs"),
         (["train", "--out", "o", "--method", "csp", "--options.dropout=1"], 1, "expected `options` with model.dropout"),
         (["train", "--out", "o", "--options.bank.slot=1"], 1, "expected `options.bank` to be one of slots"),

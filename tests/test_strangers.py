@@ -88,4 +88,4 @@ def test_a_method_and_an_encoder_of_another_package_have_every_command(
 def test_a_method_that_is_not_installed_here_is_named(tmp_path: Path) -> None:
     script = "from czsl_heads.models.registry import find_method; find_method('offsets')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert "expected `method` to be one of clip, coop, csp, sac, troika, got 'offsets'" in done.stderr
+    assert "expected `method` to be one of clip, coop, csp, eva, sac, troika, got 'offsets'" in done.stderr

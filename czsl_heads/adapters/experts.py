@@ -282,13 +282,14 @@ def load_balance(encoder: Encoder, tower: Tower, calls: list[list[Tensor]], batc
     """
     found = []
     for block, mixture, own in zip(encoder.blocks(tower), mixtures_of(encoder, tower), calls):
-        rows = own[0].unflatten(0, (batch, -1) if BlockParts(block).batch_first else (-1, batch))
-        logits = rows if BlockParts(block).batch_first else rows.transpose(0, 1)  # [batch, tokens, experts]
+        logits = own[0].unflatten(0, (max(1, batch), -1) if BlockParts(block).batch_first else (-1, max(1, batch)))
+        if not BlockParts(block).batch_first:
+            logits = logits.transpose(0, 1)  # [batch, tokens, experts]
         _, chosen = route(logits, mixture.topk)
         shares = F.one_hot(chosen, mixture.experts).float().mean(dim=(1, 2))
         probabilities = logits.softmax(dim=-1).mean(dim=1)
         found.append(mixture.experts * (shares * probabilities).sum(dim=1))
-    return torch.stack(found).mean(dim=0)
+    return torch.stack(found).mean(dim=0)[:batch]
 
 
 def encode_variants(encoder: Any, images: Tensor, *, checkpoint: bool = False) -> tuple[Tensor, Tensor]:
@@ -329,6 +330,9 @@ def encode_variants(encoder: Any, images: Tensor, *, checkpoint: bool = False) -
         raise TypeError(f"expected `encoder` made by `wrap`, got {type(encoder).__name__}")
     if not mixtures_of(encoder, "vision"):
         raise ValueError("expected a vision tower with experts, as `add_experts` makes it, got one without")
+    if len(images) == 0:  # which not every container can reshape
+        one = encode_variants(encoder, images.new_zeros(1, *images.shape[1:]), checkpoint=checkpoint)
+        return one[0][:0], one[1][:0]
     block: Any = encoder.blocks("vision")[-1]
     parts = BlockParts(block)
     mixture: ExpertMixture = block.mlp.mixture

@@ -93,6 +93,8 @@ def chosen_variant(cross_modal: Tensor, within_images: Tensor, alpha: float) -> 
 def _segment_max(scores: Tensor, words: Tensor, count: int) -> Tensor:
     """``[batch, pairs]`` to ``[batch, count]``: the maximum over the pairs of each word."""
     batch, num_pairs = scores.shape
+    if not num_pairs:
+        return scores.new_full((batch, count), -torch.inf)
     segments = words.expand(batch, num_pairs)
     with torch.no_grad():
         lowest = scores.new_full((batch, count), -torch.inf)
@@ -102,5 +104,5 @@ def _segment_max(scores: Tensor, words: Tensor, count: int) -> Tensor:
         columns = torch.arange(num_pairs, device=scores.device).expand(batch, num_pairs)
         first = torch.full_like(best, num_pairs, dtype=torch.long)
         first = first.scatter_reduce(1, segments, columns.masked_fill(~hits, num_pairs), "amin")
-    taken = scores.gather(1, first.clamp(max=max(0, num_pairs - 1)))
+    taken = scores.gather(1, first.clamp(max=num_pairs - 1))
     return taken.masked_fill(first == num_pairs, -torch.inf)

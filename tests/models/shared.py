@@ -3,13 +3,15 @@
 import torch
 
 from czsl_heads import CompositionSpace, wrap
+from czsl_heads.models.recipe import method_options
 from czsl_heads.models.registry import find_method, method_names
 from czsl_heads.training.options import load_options
 
 # of this package: others may be installed
 BASELINES = [name for name in method_names() if find_method(name).__module__.startswith("baselines.")]
 METHODS = [*BASELINES, "sac"]
-THREE_BRANCHES = ["troika", "sac"]
+THREE_BRANCHES = ["troika", "sac", "eva"]
+RELEASED = [name for name in BASELINES if "official" in method_options(name)]  # whose code is public
 LEARNING = [name for name in METHODS if load_options(name, "shapes")[0].epochs]
 ATTRIBUTES, OBJECTS = ["red", "striped", "Dark.Blue"], ["circle", "star"]
 TARGETS = torch.tensor([0, 1, 2, 2, 1, 0])
@@ -33,6 +35,16 @@ def build(name, **options):
     torch.manual_seed(0)
     small, _ = load_options(name, "shapes")
     return find_method(name)(wrap("tiny"), make_space(), **{**small.model, **options}).eval()
+
+
+def said(model, logits, pairs):
+    """The logits that losses and scores are made of: EVA scores words by pairs."""
+    return model._with_words(logits, pairs) if hasattr(model, "words") else logits
+
+
+def ranked(name, pair, attribute, obj):
+    """How three branches are one score: Eq. 13 of SAC, or EVA's sum."""
+    return pair + 0.5 * (attribute + obj) if name == "eva" else pair + attribute * obj
 
 
 def learned(model):

@@ -21,6 +21,8 @@ from tests.models.shared import (
     learned,
     make_images,
     make_space,
+    ranked,
+    said,
 )
 
 
@@ -81,8 +83,9 @@ def test_scores_are_equation_12(name, images):
         out = model(images, PAIRS)
         both = [logits.pairs.softmax(dim=1) for logits in (out.aligned, out.condensed)]
         if name in THREE_BRANCHES:
-            for probs, (_, attrs, objs) in zip(both, (out.aligned, out.condensed)):
-                probs += attrs.softmax(dim=1)[:, PAIRS[:, 0]] * objs.softmax(dim=1)[:, PAIRS[:, 1]]
+            for number, logits in enumerate((out.aligned, out.condensed)):
+                attrs, objs = (rows.softmax(dim=1) for rows in said(model.method, logits, PAIRS)[1:])
+                both[number] = ranked(name, both[number], attrs[:, PAIRS[:, 0]], objs[:, PAIRS[:, 1]])
         memory = model.bank(out.features).softmax(dim=1)
         expected = 0.3 * both[0] + 0.7 * (both[1] + 0.6 * memory)
         for found in (model.scores(images, PAIRS), model.fuse(out, PAIRS), model.probabilities(out, PAIRS)):

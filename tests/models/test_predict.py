@@ -12,7 +12,7 @@ from czsl_heads.models import method
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Prediction, name_best
 from czsl_heads.models.recipe import BankOptions, new_bank
-from tests.models.shared import METHODS, PAIRS, THREE_BRANCHES, build, disturb, make_images, make_space
+from tests.models.shared import METHODS, PAIRS, THREE_BRANCHES, build, disturb, make_images, make_space, ranked
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,7 @@ def test_parts_are_those_of_the_pair(name, images):
             assert prediction.parts == {}
             continue
         assert list(prediction.parts) == ["pair", "attribute", "object"]
-        pair, attribute, obj = prediction.parts.values()
-        assert prediction.score == pytest.approx(pair + attribute * obj, rel=1e-5)
+        assert prediction.score == pytest.approx(ranked(name, *prediction.parts.values()), rel=1e-5)
 
 
 def test_five_pairs_are_named_unless_told_otherwise(csp, images):

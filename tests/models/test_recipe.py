@@ -184,8 +184,8 @@ def test_options_of_another_kind_are_named(kind, values, name):
 
 
 def test_what_a_method_does_not_know_is_told_before_it_is_built():
-    with pytest.raises(ValueError, match=r"expected `method` to be one of .*clip, coop, csp, .*, got 'eva'"):
-        make("eva")
+    with pytest.raises(ValueError, match=r"expected `method` to be one of .*clip, coop, csp, .*, got 'duplex'"):
+        make("duplex")
     with pytest.raises(ValueError, match=r"expected `model` to be one of context, dropout, .*, got 'layers'"):
         build(Recipe("csp", model={"layers": 1}), make_space())
     for name in DECIDED:

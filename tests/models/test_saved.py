@@ -316,7 +316,7 @@ def test_the_recipe_of_dense_patches_is_kept(images, tmp_path):
         (lambda folder: (folder / "config.json").write_text("3"), r"csp, whose config\.json holds no model"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "clip"}'), "config.json holds no model"),
         (lambda folder: change(folder, recipe={"method": "csp", "colour": 1}), r"csp/config\.json .*got 'colour'"),
-        (lambda folder: change(folder, recipe={"method": "eva"}), r"csp/config\.json that can be .*got 'eva'"),
+        (lambda folder: change(folder, recipe={"method": "duplex"}), r"csp/config\.json that can be .*got 'duplex'"),
         (lambda folder: change(folder, recipe={}), r"csp/config\.json that can be built, got .*'method'"),
         (lambda folder: change(folder, recipe={"method": "csp", "encoder": "huge"}), r"csp/config\.json .*'huge'"),
         (lambda folder: change(folder, label_space={}), r"csp/config\.json that can be built, got 'pairs'"),

@@ -73,7 +73,7 @@ def test_paths_are_written_down_as_absolute_ones(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "eva"}, "expected `method` to be one of clip, coop, csp, sac, troika, got 'eva'"),
+        ({"method": "duplex"}, "expected `method` to be one of clip, coop, csp, eva, sac, troika, got 'duplex'"),
         ({"data": "here", "imbalance": 0.5}, 'expected `imbalance` with data="shapes" only'),
         ({"imbalance": 2.0}, "expected `imbalance` to be in"),
         ({"preset": "nothing"}, "expected `preset` to be one of"),
@@ -108,7 +108,7 @@ def test_wrong_arguments_raise(arguments: dict, message: str) -> None:
         ({"seeds": 0}, "expected `seeds` to be at least 1, got 0"),
         ({"first_seed": -1}, r"expected `first_seed` to be in \[0, 4294967295\], got -1"),
         ({"first_seed": 2**33}, "expected `first_seed` to be in"),
-        ({"table": "one"}, "expected `table` to be one of steps, alignment, got 'one'"),
+        ({"table": "one"}, "expected `table` to be one of steps, alignment, own, got 'one'"),
         ({"add": ["vac"]}, 'expected `add` with table="alignment" only, got it with "steps", whose rows are its own'),
         ({"sweep": "beta,delta"}, "expected `sweep` to be one of alpha, beta, gamma, depth, slots, got 'delta'"),
         ({"pilot": True, "options": {"patch_drop": 0.3}}, r"expected `options.patch_drop` to be 0 in the study pilot"),

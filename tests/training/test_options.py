@@ -62,8 +62,8 @@ def from_source(method: str, preset: str, source: str) -> dict:
 
 
 def test_every_method_has_a_preset_for_every_data_set() -> None:
-    assert {"clip", "coop", "csp", "sac", "troika"} <= set(method_names())
-    for method in ("clip", "coop", "csp", "sac", "troika"):
+    assert {"clip", "coop", "csp", "eva", "sac", "troika"} <= set(method_names())
+    for method in ("clip", "coop", "csp", "eva", "sac", "troika"):
         assert preset_names(method) == ["cgqa", "mit-states", "shapes", "ut-zappos"]
 
 
@@ -163,7 +163,7 @@ def test_changed_options_differ_in_what_was_changed() -> None:
             "expected `options.model` to be one of align_branches, .*, got 'align'",
         ),
         ("sac", {"bank.slot": 1}, "expected `options.bank` to be one of slots, .*, got 'slot'"),
-        ("eva", {}, "expected `method` to be one of clip, coop, csp, sac, troika, got 'eva'"),
+        ("duplex", {}, "expected `method` to be one of clip, coop, csp, eva, sac, troika, got 'duplex'"),
     ],
 )
 def test_unknown_names_are_told_with_the_choices(method: str, given: dict, message: str) -> None:
