@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from czsl_heads.functional import alignment
+from czsl_heads.functional import aligned_vectors, alignment
 from czsl_heads.functional.alignment import REDUCTIONS
 from tests.references import reference_alignment
 
@@ -256,3 +256,34 @@ def test_wrong_arguments_are_told(change, error, message):
     tokens, texts = draw(dtype=torch.float32)
     with pytest.raises(error, match=message):
         alignment(**{"tokens": tokens, "texts": texts, **change})
+
+
+@pytest.mark.parametrize("include_cls", [True, False])
+@pytest.mark.parametrize("cls_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("reduce", "k"), [("max", None), ("topk", 3), ("logsumexp", None), ("mean", None), ("cls", None)]
+)
+def test_aligned_vectors_are_the_gradient_of_the_score_by_the_text(reduce, k, cls_weight, include_cls):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(3, 7, 5, generator=generator, dtype=torch.float64)
+    texts = torch.nn.functional.normalize(torch.randn(3, 5, generator=generator, dtype=torch.float64), dim=1)
+    options = {"reduce": reduce, "k": k, "temperature": 0.2, "cls_weight": cls_weight, "include_cls": include_cls}
+    found = aligned_vectors(tokens, texts, **options)
+    texts.requires_grad_()
+    scores = alignment(tokens, texts[:, None], **options)
+    (gradient,) = torch.autograd.grad(scores.sum(), texts)
+    # The score normalises the text, so that its gradient lies across it.
+    along = (found * texts).sum(dim=1, keepdim=True) * texts
+    torch.testing.assert_close(found - along, gradient)
+    if reduce != "logsumexp":
+        torch.testing.assert_close((found * texts).sum(dim=1), scores[:, 0])
+
+
+def test_aligned_vectors_pass_gradients_to_what_was_read():
+    tokens = torch.eye(3)[None].clone().requires_grad_()
+    read = aligned_vectors(tokens, torch.tensor([[0.1, 1.0, 0.0]]))
+    (read * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert tokens.grad[0, 1].any()
+    assert not tokens.grad[0, [0, 2]].any()
+    with pytest.raises(ValueError, match=r"expected `texts` of shape \(batch, dim\)"):
+        aligned_vectors(tokens, torch.ones(2, 3))
