@@ -319,6 +319,67 @@ def bench(
     return 1 if failed else 0
 
 
+def gap(
+    data: Path,
+    out: Path,
+    encoder: str = "tiny",
+    run: Path | None = None,
+    row: str | None = None,
+    seed: int | None = None,
+    split: Literal["train", "val", "test"] = "test",
+    context: str = "a photo of",
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> int:
+    """Measure the gap between a data set's images and texts, print all metrics, and write them with pictures.
+
+    Writes gap.json, and gap-VECTOR.png for each vector that may stand for an image.
+
+    Args:
+        data: The data set, in the field's layout.
+        out: Folder for the results; what it holds of an earlier call is replaced.
+        encoder: Name of a CLIP, whose texts are sentences; czsl encoders lists what there is. Not with --run.
+        run: Measure a trained model instead: folder of a finished czsl train or ablate, or of one saved model.
+        row: Which row of the table; default: the one that the report shows.
+        seed: Which seed's model; default: the first.
+        split: The split to look at.
+        context: The words in front of each pair, without --run.
+        limit: Look at so many images, drawn at random; default: all.
+        batch_size: Images at once.
+
+    Returns:
+        0.
+    """
+    import torch
+
+    from czsl_heads._files import write_json
+    from czsl_heads.data.layout import read_dataset
+    from czsl_heads.models.gap import MEANINGS, gap_reports
+    from czsl_heads.models.recipe import Recipe, build
+    from czsl_heads.report.terminal import print_gap
+
+    dataset = read_dataset(data)
+    if run is None:
+        for name, value in (("row", row), ("seed", seed)):
+            if value is not None:
+                raise ValueError(f"expected `{name}` with `run` only, got {value!r} without")
+        model = build(Recipe("clip", encoder, "cls", model={"context": context}), dataset.space).eval()
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        model = _model(run, seed, row)
+    reports = gap_reports(model, dataset, split=split, batch_size=batch_size, limit=limit)
+
+    about = {"data": data.name, "split": split, "encoder": encoder if run is None else None, "row": row, "seed": seed}
+    with _writable("out", out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "gap.json", about | {"vectors": {name: each.as_dict() for name, each in reports.items()}})
+        for name, report in reports.items():
+            report.plot(out / f"gap-{name}.png", title=f"{data.name}, {split}: {MEANINGS[name]}")
+    print_gap(reports)
+    print(f"wrote gap.json and gap-{{{','.join(reports)}}}.png to {out}")
+    return 0
+
+
 def encoders(json: bool = False) -> int:
     """Print what CLIPs there are: packages, architectures, encoders of other packages, and weights on this machine.
 
@@ -391,6 +452,7 @@ _COMMANDS: dict[str, Callable[..., int]] = {
     "report": report,
     "predict": predict,
     "bench": bench,
+    "gap": gap,
     "encoders": encoders,
 }
 _RESUMED = ("train", "ablate")
@@ -443,6 +505,10 @@ def _parser() -> ArgumentParser:
     benching = ArgumentParser(description="Score CLIPs zero-shot on a data set: one table, one picture.")
     benching.add_function_arguments(bench)
     commands.add_subcommand("bench", benching, help="compare CLIPs on a data set, zero-shot")
+    measuring = ArgumentParser(description="Measure the gap between a data set's images and texts, in all metrics.")
+    measuring.add_argument("data", type=Path, help="the data set, in the field's layout")
+    measuring.add_function_arguments(gap, skip={"data"})
+    commands.add_subcommand("gap", measuring, help="measure the gap between images and texts")
     listing = ArgumentParser(description="Print what CLIPs there are, and by which names they are asked for.")
     listing.add_argument("--json", action="store_true", help="all of it, as JSON")
     commands.add_subcommand("encoders", listing, help="list the CLIPs that can be had here")

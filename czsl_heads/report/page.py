@@ -17,6 +17,7 @@ from czsl_heads._numbers import percent
 from czsl_heads.data.layout import CompositionDataset, DataError, Sample, open_image
 from czsl_heads.encoders.dense import Dense
 from czsl_heads.models.condensed import Condensed
+from czsl_heads.models.gap import MEANINGS, gap_reports
 from czsl_heads.models.method import Method
 from czsl_heads.report.curves import plot_curves, plot_feasibility, plot_study
 from czsl_heads.report.findings import Finding, examine
@@ -34,6 +35,7 @@ from czsl_heads.report.table import (
     tables,
 )
 
+GAP_IMAGES = 1000  # test images of which the gap is measured, at most
 WITHOUT_MASKS = 8  # this many times the images that are shown are looked at where no masks ask for all
 
 
@@ -112,6 +114,7 @@ def results_page(
         curves=_plotted(plot_curves, results),
         feasibility=_feasibility(results),
         gaps=_plotted(plot_gap, results),
+        gap=_gap(model, dataset, seed),
         winners=[(row["key"], row["title"], *_winner_shares(row["by_seed"])) for row in results["rows"]],
         seed=seed,
         shown=results["shown"],
@@ -236,6 +239,31 @@ def _plotted(plot: Callable[[dict[str, Any], Path], None], content: dict[str, An
         path = Path(folder) / "plot.png"
         plot(content, path)
         return png_uri(path.read_bytes())
+
+
+class _Gap(NamedTuple):
+    """All metrics of the gap of one model: headings, rows of a table, and for each vector its picture in words."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    pictures: list[tuple[str, str]]
+
+
+def _gap(model: Method, dataset: CompositionDataset, seed: int) -> _Gap | None:
+    """Of at most :data:`GAP_IMAGES` test images; None where there are fewer than two."""
+    if len(dataset.samples["test"]) < 2:
+        return None
+    reports = gap_reports(model, dataset, limit=GAP_IMAGES, seed=seed)
+    metrics = next(iter(reports.values())).numbers
+    rows = []
+    for metric in metrics:
+        values = [f"{report.numbers[metric]:.3f}" for report in reports.values()]
+        rows.append([metric.replace("_", " "), *values])
+    pictures = []
+    for name, report in reports.items():
+        address = _plotted(lambda content, path: content["report"].plot(path), {"report": report})
+        pictures.append((f"{name}: {MEANINGS[name]}", address))
+    return _Gap(["metric", *reports], rows, pictures)
 
 
 def _feasibility(results: dict[str, Any]) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from czsl_heads.metrics.gap_report import GapReport
     from czsl_heads.report.findings import Finding
 
 
@@ -34,6 +35,16 @@ def print_bench(rows: list[dict[str, Any]]) -> None:
         if row.get("error"):
             continue
         table.add_row(escape(row["encoder"]), row["align"], *(f"{100 * row[name]:.1f}" for name in columns))
+    Console().print(table)
+
+
+def print_gap(reports: dict[str, GapReport]) -> None:
+    """All metrics of the gap, a column for each vector that stands for an image."""
+    table = Table("metric", title="the gap between images and texts", title_justify="left")
+    for name in reports:
+        table.add_column(name, justify="right")
+    for metric in next(iter(reports.values())).numbers:
+        table.add_row(metric.replace("_", " "), *(f"{report.numbers[metric]:.4f}" for report in reports.values()))
     Console().print(table)
 
 

@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader
 
 from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.functional.fusion import fuse
-from czsl_heads.functional.maxsim import maxsim
 from czsl_heads.functional.protocol import CZSLResult
 from czsl_heads.functional.unit import unit_vectors
 from czsl_heads.heads.memory_bank import DynamicMemoryBank
 from czsl_heads.metrics.czsl_score import CZSLScore
 from czsl_heads.metrics.modality_gap import RelativeModalityGap
 from czsl_heads.models.condensed import Condensed
+from czsl_heads.models.gap import winning_tokens
 from czsl_heads.models.method import Logits, Method, tokens_of
 from czsl_heads.models.recipe import new_bank
 from czsl_heads.prompts.soft import TextFeatures
@@ -55,11 +55,8 @@ class GapVectors:
     def update(self, tokens: Tensor, features: Tensor | None, predicted: Tensor, true: Tensor, texts: Tensor) -> None:
         tokens, texts = unit_vectors(tokens, torch.float32), texts.float()
         vectors = {"cls": tokens[:, 0]}
-        first = 0 if self.include_cls else 1
         for name, columns in (("pred", predicted), ("true", true)):
-            _, winner = maxsim(tokens[:, first:], texts[columns][:, None], return_index=True)
-            winner = winner[:, 0] + first
-            vectors[name] = tokens[torch.arange(len(tokens), device=tokens.device), winner]
+            vectors[name], winner = winning_tokens(tokens, texts[columns], include_cls=self.include_cls)
             self.counts[name] += int((winner > 0).sum())
         if features is not None:
             vectors["vac"] = features
