@@ -202,11 +202,20 @@ def _caption(template: str, named: Sequence[int], key: Sequence[int]) -> str:
     return template.format(**{name: words[index] for (name, words), index in kinds})
 
 
+def all_pairs() -> list[tuple[str, str]]:
+    """Every pair of the world, attribute-major."""
+    return [(attribute, obj) for attribute in ATTRIBUTES for obj in OBJECTS]
+
+
 @torch.no_grad()
-def zero_shot(encoder: OpenClipEncoder, spec: PretrainSpec, *, imbalance: float = 0.5) -> dict[str, float]:
-    """Top-1 accuracy among all pairs on fresh images, for captioned and for held-out pairs, and per primitive."""
+def fresh_features(
+    encoder: OpenClipEncoder, spec: PretrainSpec, *, imbalance: float = 0.5
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of images that no training saw ``[images, dim]``, the pair of each ``[images]``, and the texts of all
+    pairs ``[pairs, dim]``, of length one.
+    """
     encoder.eval()
-    pairs = [(attribute, obj) for attribute in ATTRIBUTES for obj in OBJECTS]
+    pairs = all_pairs()
     texts = F.normalize(encoder.encode_texts([f"a photo of {attribute} {obj}" for attribute, obj in pairs]), dim=-1)
     tasks = [
         ([spec.seed, _TEST_STREAM, column, number], *pair, imbalance)
@@ -216,6 +225,12 @@ def zero_shot(encoder: OpenClipEncoder, spec: PretrainSpec, *, imbalance: float 
     target = torch.arange(len(pairs)).repeat_interleave(spec.test_per_pair)
     pixels = _draw_all(tasks)
     features = torch.cat([encoder.encode_images(_normalise(chunk)) for chunk in pixels.split(512)])
+    return features, target, texts
+
+
+def zero_shot(encoder: OpenClipEncoder, spec: PretrainSpec, *, imbalance: float = 0.5) -> dict[str, float]:
+    """Top-1 accuracy among all pairs on fresh images, for captioned and for held-out pairs, and per primitive."""
+    features, target, texts = fresh_features(encoder, spec, imbalance=imbalance)
     predicted = (features @ texts.T).argmax(dim=1)
     held_out = {ATTRIBUTES.index(a) * len(OBJECTS) + OBJECTS.index(o) for a, o in unseen_pairs()}
     unseen = torch.tensor([column in held_out for column in target.tolist()])
