@@ -476,3 +476,21 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
     assert main(["check", "x"]) == 1
     assert "czsl-heads[train]" in capsys.readouterr().err
+
+
+def test_gap_measures_any_encoder_and_any_model(tmp_path: Path, shapes_root: Path) -> None:
+    done = czsl("gap", str(shapes_root), "--out", "gaps", "--limit=20", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "relative modality gap" in done.stdout
+    content = json.loads((tmp_path / "gaps" / "gap.json").read_text(encoding="utf-8"))
+    assert list(content["vectors"]) == ["cls", "pred", "true"]
+    assert {path.name for path in (tmp_path / "gaps").glob("*.png")} == {
+        f"gap-{name}.png" for name in content["vectors"]
+    }
+    assert 0 < content["vectors"]["cls"]["relative_modality_gap"] < 1
+
+    refused = czsl("gap", str(shapes_root), "--out", "gaps", "--row=max", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert refused.stderr.strip() == "czsl gap: expected `row` with `run` only, got 'max' without"
+    nothing = czsl("gap", "nowhere", "--out", "gaps", cwd=tmp_path)
+    assert nothing.stderr.strip() == "czsl gap: nowhere: expected the folder of a data set, got nothing"

@@ -23,6 +23,7 @@ from czsl_heads.report.curves import plot_curves, plot_feasibility, plot_study
 from czsl_heads.report.findings import Finding, examine
 from czsl_heads.report.maps import centres_inside, crop_transform, dense_recipes, points_inside
 from czsl_heads.report.overlay import Panel, cosine_panel, data_uri, panels, png_uri, share_panel
+from czsl_heads.report.routing import plot_routing, routing_of
 from czsl_heads.report.scatter import plot_gap
 from czsl_heads.report.table import (
     TRANSDUCTIVE,
@@ -36,6 +37,7 @@ from czsl_heads.report.table import (
 )
 
 GAP_IMAGES = 1000  # test images of which the gap is measured, at most
+ROUTED_IMAGES = 64  # test images whose way to the experts is shown
 WITHOUT_MASKS = 8  # this many times the images that are shown are looked at where no masks ask for all
 
 
@@ -115,6 +117,7 @@ def results_page(
         feasibility=_feasibility(results),
         gaps=_plotted(plot_gap, results),
         gap=_gap(model, dataset, seed),
+        routing=_routing(model, dataset),
         winners=[(row["key"], row["title"], *_winner_shares(row["by_seed"])) for row in results["rows"]],
         seed=seed,
         shown=results["shown"],
@@ -239,6 +242,15 @@ def _plotted(plot: Callable[[dict[str, Any], Path], None], content: dict[str, An
         path = Path(folder) / "plot.png"
         plot(content, path)
         return png_uri(path.read_bytes())
+
+
+def _routing(model: Method, dataset: CompositionDataset) -> str | None:
+    """The address of the picture of where words and images go, for a model with experts."""
+    samples = dataset.samples["test"][:ROUTED_IMAGES]
+    routing = routing_of(model, _batch(model, [open_image(sample.path) for sample in samples]))
+    if routing is None:
+        return None
+    return _plotted(lambda content, path: plot_routing(content["routing"], path), {"routing": routing})
 
 
 class _Gap(NamedTuple):
