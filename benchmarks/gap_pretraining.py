@@ -4,7 +4,7 @@
 ``--spec.gap_loss`` null, cua and cuaxu, in folders ``none``, ``cua`` and ``cuaxu``. On fresh images of all 144 pairs:
 zero-shot accuracy, retrieval both ways, analogies between attributes of one kind, and all metrics of the gap. In an
 analogy an image of *red circle*, less the text *red*, plus the text *blue*, should be nearest to images and to the text
-of *blue circle*. Writes ``results/gap_pretraining.json`` and a picture for each loss beside it. It takes a minute.
+of *blue circle*. Writes ``results/gap_pretraining.json`` and a picture for each loss to `docs`. It takes a minute.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import RESULTS, write_results
+from benchmarks.measure import write_results
 from czsl_heads import wrap
 from czsl_heads._files import read_json
 from czsl_heads.data.drawing import ATTRIBUTE_KINDS, ATTRIBUTES, OBJECTS
@@ -75,7 +75,9 @@ def main(folders: Path, imbalance: float = 0.5) -> None:
         features, target, texts = fresh_features(encoder, spec, imbalance=imbalance)
         images = F.normalize(features, dim=-1)
         report = gap_report(images, texts, target)
-        report.plot(RESULTS / f"gap_pretraining-{loss}.png", title=f"pretrained with {loss}, imbalance {imbalance}")
+        report.plot(
+            Path("docs") / f"gap_pretraining-{loss}.png", title=f"pretrained with {loss}, imbalance {imbalance}"
+        )
         rows[loss] = {
             "spec": record["spec"],
             "logit_scale": record["logit_scale"],

@@ -22,7 +22,8 @@ class Routing(NamedTuple):
 
     Attributes:
         words: Attributes, then objects.
-        by_word: Share of each expert in the gates of each word's own token, ``[words, experts]``; mean over text blocks.
+        by_word: Share of each expert in the gates of each word's own token, mean over text blocks,
+            ``[words, experts]``.
         by_block: Share of each expert in all tokens of a block, by tower, ``[blocks, experts]``.
     """
 
