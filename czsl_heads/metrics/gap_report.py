@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from czsl_heads._files import whole_file
 from czsl_heads.functional.gap import instance_distance, modality_distance, relative_modality_gap
 from czsl_heads.functional.gap_losses import alignment_loss, contrastive_loss
 from czsl_heads.functional.spectrum import effective_rank, explained_variance
@@ -57,7 +59,8 @@ class GapReport:
         spread.grid(alpha=0.3)
         spread.legend(frameon=False)
         figure.suptitle(title, fontsize=10)
-        figure.savefig(path, dpi=130)
+        with whole_file(Path(path)) as temporary:
+            figure.savefig(temporary, dpi=130)
 
     def _draw_plane(self, axis: Any) -> None:
         drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(0))[:_DRAWN]

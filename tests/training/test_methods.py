@@ -1,5 +1,6 @@
 """Any method through the same tables: as published, with Sparse Alignment, with condenser and bank behind it."""
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -18,6 +19,7 @@ from czsl_heads.models.saved import CONFIG, RESULTS, WEIGHTS
 from czsl_heads.training.ablate import run_ablation
 from czsl_heads.training.config import configure_model
 from czsl_heads.training.evaluate import Evaluation
+from czsl_heads.training.own_table import own_table
 from czsl_heads.training.rows import Readout
 from czsl_heads.training.stage import Stage
 from czsl_heads.training.summary import numbers_of
@@ -190,3 +192,23 @@ def test_a_split_without_unseen_pairs_is_reported_as_such(shapes_root: Path, tmp
     summary = run_ablation(tmp_path / "out", config)["rows"][0]["summary"]["closed"]["standard"]
     assert summary["unseen"] == {"mean": None, "std": None}
     assert 0 <= summary["seen"]["mean"] <= 1
+
+
+def test_a_method_may_bring_a_table_of_its_own(tmp_path: Path, configured, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = own_table("eva")
+    kept = [row for row in whole.rows if row.key in ("base", "eva", "bank")]
+    pairs = [pair for pair in whole.comparisons if set(pair) <= {"base", "eva", "bank"}]
+    few = dataclasses.replace(whole, rows=tuple(kept), comparisons=tuple(pairs))
+    monkeypatch.setattr("czsl_heads.training.config.own_table", lambda method: few)
+    config = configured("eva")
+    assert config.table == "own"
+    results = run_ablation(tmp_path / "out", config)
+    assert [row["key"] for row in results["rows"]] == ["base", "eva", "bank"]
+    assert (results["shown"], results["baseline"]) == ("eva", "base")
+    rows = {row["key"]: row for row in results["rows"]}
+    assert rows["base"]["trainable_parameters"] == 24 * 96 + 9 * 96  # words and contexts
+    assert rows["eva"]["trainable_parameters"] > 60_000
+    assert sorted(path.name for path in (tmp_path / "out" / "seed0").iterdir()) == ["base", "eva", "max", "vac"]
+    assert run_ablation(tmp_path / "out", config)["rows"] == results["rows"]
+    with pytest.raises(ValueError, match='expected `add` with table="alignment" only, got it with "own"'):
+        configured("eva", add=["vac"])
