@@ -57,7 +57,7 @@ class GapReport:
             spread.plot(range(1, len(shares) + 1), 100 * summed, color=_COLORS[name], label=name)
         spread.set(xlabel="principal components", ylabel="variance explained (%)", ylim=(0, 102), xscale="log")
         spread.grid(alpha=0.3)
-        spread.legend(frameon=False)
+        spread.legend(frameon=False, loc="lower right")
         figure.suptitle(title, fontsize=10)
         with whole_file(Path(path)) as temporary:
             figure.savefig(temporary, dpi=130)
@@ -75,7 +75,7 @@ class GapReport:
         axis.set(xlabel=f"1st shared component ({shares[0]})", ylabel=f"2nd shared component ({shares[1]})")
         axis.set_aspect("equal", adjustable="datalim")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        axis.legend(frameon=False, loc="upper right")
 
 
 _COLORS = {"images": "#1f77b4", "texts": "#d62728"}
