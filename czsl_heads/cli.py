@@ -322,12 +322,12 @@ def bench(
 def gap(
     data: Path,
     out: Path,
-    encoder: str = "tiny",
+    encoder: str | None = None,
     run: Path | None = None,
     row: str | None = None,
     seed: int | None = None,
     split: Literal["train", "val", "test"] = "test",
-    context: str = "a photo of",
+    context: str | None = None,
     limit: int | None = None,
     batch_size: int = 64,
 ) -> int:
@@ -338,12 +338,13 @@ def gap(
     Args:
         data: The data set, in the field's layout.
         out: Folder for the results; what it holds of an earlier call is replaced.
-        encoder: Name of a CLIP, whose texts are sentences; czsl encoders lists what there is. Not with --run.
-        run: Measure a trained model instead: folder of a finished czsl train or ablate, or of one saved model.
+        encoder: Name of a CLIP, whose texts are sentences; default: tiny; czsl encoders lists what there is.
+        run: Measure a trained model instead, by its own texts: folder of a finished czsl train or ablate, or of one
+            saved model.
         row: Which row of the table; default: the one that the report shows.
         seed: Which seed's model; default: the first.
         split: The split to look at.
-        context: The words in front of each pair, without --run.
+        context: With --encoder: the words in front of each pair; default: "a photo of".
         limit: Look at so many images, drawn at random; default: all.
         batch_size: Images at once.
 
@@ -358,18 +359,22 @@ def gap(
     from czsl_heads.models.recipe import Recipe, build
     from czsl_heads.report.terminal import print_gap
 
+    needless = {"row": row, "seed": seed} if run is None else {"encoder": encoder, "context": context}
+    for name, value in needless.items():
+        if value is not None:
+            rule = "with `run` only" if run is None else "without `run` only"
+            raise ValueError(f"expected `{name}` {rule}, got {value!r}")
     dataset = read_dataset(data)
     if run is None:
-        for name, value in (("row", row), ("seed", seed)):
-            if value is not None:
-                raise ValueError(f"expected `{name}` with `run` only, got {value!r} without")
-        model = build(Recipe("clip", encoder, "cls", model={"context": context}), dataset.space).eval()
+        encoder = encoder or "tiny"
+        options = {"context": "a photo of" if context is None else context}
+        model = build(Recipe("clip", encoder, "cls", model=options), dataset.space).eval()
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     else:
         model = _model(run, seed, row)
     reports = gap_reports(model, dataset, split=split, batch_size=batch_size, limit=limit)
 
-    about = {"data": data.name, "split": split, "encoder": encoder if run is None else None, "row": row, "seed": seed}
+    about = {"data": data.name, "split": split, "encoder": encoder, "row": row, "seed": seed}
     with _writable("out", out):
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "gap.json", about | {"vectors": {name: each.as_dict() for name, each in reports.items()}})

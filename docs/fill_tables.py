@@ -556,6 +556,18 @@ def dense_table() -> str:
     return markdown(headings, cells)
 
 
+def of_gap(name: str) -> Callable[[], str]:
+    """A table of ``gap_tables.py``."""
+
+    def table() -> str:
+        from docs import gap_tables
+
+        made: str = getattr(gap_tables, name)()
+        return made
+
+    return table
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "encoders.md": {
         "families": families_table,
@@ -577,7 +589,14 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "additions": additions_table,
         "seam": seam_table,
     },
+    "modality_gap.md": {
+        "correlations": of_gap("correlations_table"),
+        "changes": of_gap("changes_table"),
+        "pretraining": of_gap("pretraining_table"),
+    },
     "baselines.md": {
+        "eva": of_gap("eva_table"),
+        "share": of_gap("experts_share"),
         "memory": troika_memory_table,
         "patch_norm": quirk_effect("troika", "patch_norm: cumulative"),
         "fusion": quirk_effect("troika", "fusion: logits"),
@@ -603,6 +622,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "steps": steps_table,
         "step-parts": step_parts_table,
         "inference-parts": inference_parts_table,
+        "experts": of_gap("experts_table"),
+        "experts-share": of_gap("experts_share"),
     },
 }
 

@@ -491,6 +491,9 @@ def test_gap_measures_any_encoder_and_any_model(tmp_path: Path, shapes_root: Pat
 
     refused = czsl("gap", str(shapes_root), "--out", "gaps", "--row=max", cwd=tmp_path)
     assert refused.returncode == 1
-    assert refused.stderr.strip() == "czsl gap: expected `row` with `run` only, got 'max' without"
+    assert refused.stderr.strip() == "czsl gap: expected `row` with `run` only, got 'max'"
+    for given in ("--encoder=tiny", "--context=a"):
+        both = czsl("gap", str(shapes_root), "--out", "gaps", "--run=elsewhere", given, cwd=tmp_path)
+        assert "without `run` only, got" in both.stderr
     nothing = czsl("gap", "nowhere", "--out", "gaps", cwd=tmp_path)
     assert nothing.stderr.strip() == "czsl gap: nowhere: expected the folder of a data set, got nothing"

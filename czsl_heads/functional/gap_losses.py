@@ -106,9 +106,9 @@ def contrastive_loss(
     normaliser = torch.stack(of_texts).logsumexp(dim=0)  # [texts]
     counts = labels.bincount(minlength=len(texts)).to(dtype)
     own_logits = right.new_zeros(len(texts)).index_add(0, labels, right) / counts.clamp(min=1)
-    asks = counts > 0
+    asks = (counts > 0).to(dtype)  # as weights: a GPU would be waited for to pick them
     to_texts = torch.cat(image_terms).mean()
-    to_images = (normaliser - own_logits)[asks].mean()
+    to_images = (asks * (normaliser - own_logits)).sum() / asks.sum()
     return (to_texts + to_images) / 2
 
 
