@@ -25,7 +25,7 @@ from czsl_heads.data.shapes import unseen_pairs
 from czsl_heads.metrics import gap_report
 from czsl_heads.training.pretrain_tiny import PretrainSpec, all_pairs, fresh_features
 
-LOSSES = ("none", "cua", "cuaxu")
+LOSSES = {"none": "the contrastive loss alone", "cua": "CUA", "cuaxu": "CUAXU"}
 
 
 def accuracies(scores: Tensor, target: Tensor) -> dict[str, float]:
@@ -68,7 +68,7 @@ def main(folders: Path, imbalance: float = 0.5) -> None:
         imbalance: Of the fresh images.
     """
     rows: dict[str, Any] = {}
-    for loss in LOSSES:
+    for loss, title in LOSSES.items():
         record = read_json(folders / loss / "tiny_clip.json")
         spec = PretrainSpec(**record["spec"])
         encoder = wrap(f"tiny:{folders / loss}")
@@ -76,7 +76,7 @@ def main(folders: Path, imbalance: float = 0.5) -> None:
         images = F.normalize(features, dim=-1)
         report = gap_report(images, texts, target)
         report.plot(
-            Path("docs") / f"gap_pretraining-{loss}.png", title=f"pretrained with {loss}, imbalance {imbalance}"
+            Path("docs") / f"gap_pretraining-{loss}.png", title=f"pretrained with {title}, imbalance {imbalance}"
         )
         rows[loss] = {
             "spec": record["spec"],
