@@ -15,7 +15,6 @@ from czsl_heads.encoders.protocol import Encoder
 from czsl_heads.functional.unit import unit_vectors
 from czsl_heads.models.method import Align, PairMethod
 from czsl_heads.prompts.soft import TextFeatures, check_pairs
-from czsl_heads.space import clean_name
 
 _ROWS = 1024  # sentences encoded at once
 
@@ -66,11 +65,11 @@ class CLIP(PairMethod):
         check_kind("context", context, str)
         check_kind("official", official, bool)
         self.context = context
+        self._words = space.attribute_words, space.object_words
 
     def sentence(self, pair: Sequence[int]) -> str:
         """What is said of a pair (attribute index, object index)."""
-        attribute = clean_name(self.space.attributes[pair[0]])
-        obj = clean_name(self.space.objects[pair[1]])
+        attribute, obj = self._words[0][pair[0]], self._words[1][pair[1]]
         return f"{self.context} {attribute} {obj}".strip()
 
     def texts(self, pairs: Tensor) -> TextFeatures:

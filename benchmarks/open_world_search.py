@@ -37,7 +37,7 @@ from tests.references import reference_czsl_scores, topk_columns
 VALIDATION = {  # samples, seen and unseen pairs of the validation splits; of C-GQA's 7,280 samples a part
     "UT-Zappos": SIZES["UT-Zappos"]._replace(samples=3214, test_seen=15, test_unseen=15),
     "MIT-States": SIZES["MIT-States"]._replace(samples=10420, test_seen=300, test_unseen=300),
-    "C-GQA": SIZES["C-GQA"]._replace(samples=512, test_seen=1252, test_unseen=1040),
+    "C-GQA": SIZES["C-GQA"]._replace(samples=512, test_seen=1040, test_unseen=1252),
 }
 RANGES = {"UT-Zappos": (0.33, 0.87), "MIT-States": (-0.04, 0.72), "C-GQA": (-0.13, 0.78)}  # of the shipped tensors
 LITERAL = ("UT-Zappos",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,13 @@ def read_json(path: Path) -> Any:
 def plain(content: Any) -> Any:
     """``content`` as a reader of a JSON file finds it: tuples have become lists."""
     return json.loads(json.dumps(content))
+
+
+def native(path: str) -> str:
+    """A path in letters that the file system's encoding can carry, whatever the locale."""
+    if sys.getfilesystemencoding().lower() in ("utf-8", "utf8"):
+        return path
+    return os.fsdecode(path.encode("utf-8", "surrogateescape"))
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

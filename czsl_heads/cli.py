@@ -24,20 +24,61 @@ def make_shapes(**arguments: Any) -> int:
     return 0
 
 
-def check(root: Path) -> int:
-    """Read a data set in the field's layout, decode every image, and print what is there.
+def check(
+    root: Path,
+    dataset: Literal["ut-zappos", "mit-states", "cgqa"] | None = None,
+    allow_untrained_primitives: bool = False,
+    allow_outside: bool = False,
+    upright: bool | None = None,
+    names: str = "published",
+    json: bool = False,
+) -> int:
+    """Read a data set in the field's layout, decode every image, and print what is wrong and what is odd.
 
     Args:
         root: Folder of the data set.
+        dataset: The published set that it should be: its counts and the digests of its pair lists are compared.
+        allow_untrained_primitives: Accept validation and test pairs with words that no training pair has.
+        allow_outside: Accept images outside of the folder.
+        upright: Turn images as their EXIF orientation says; default: yes, unless it is a published set.
+        names: What prompts say of its names: "published", "clean", or a file of replacements.
+        json: Print all of it as JSON.
 
     Returns:
-        0, or 1 if an image is broken.
+        0 if it is fit to train on, else 1.
     """
-    from czsl_heads.data.integrity import check as check_dataset
+    from json import dumps
 
-    report = check_dataset(root)
-    print(report)
+    from czsl_heads.data.integrity import check as check_dataset
+    from czsl_heads.report.terminal import shown_progress
+
+    report = check_dataset(
+        root,
+        dataset=dataset,
+        allow_untrained_primitives=allow_untrained_primitives,
+        allow_outside=allow_outside,
+        upright=upright,
+        names=names,
+        progress=shown_progress,
+    )
+    print(dumps(report.as_dict(), indent=2, ensure_ascii=False) if json else report)
     return 0 if report.ok else 1
+
+
+def import_data(source: Path, **arguments: Any) -> int:
+    """Make a data set of a list or of folders; the arguments are those of :func:`czsl_heads.data.import_dataset`."""
+    from czsl_heads.data.importing import import_dataset
+
+    print(import_dataset(source, **arguments))
+    return 0
+
+
+def split_data(root: Path, **arguments: Any) -> int:
+    """Draw seen and unseen pairs; the arguments are those of :func:`czsl_heads.data.split_dataset`."""
+    from czsl_heads.data.splitting import split_dataset
+
+    print(split_dataset(root, **arguments))
+    return 0
 
 
 def train(out: Path, **arguments: Any) -> int:
@@ -219,8 +260,11 @@ def predict(
     world: Literal["closed", "open"] = "closed",
     top: int = 5,
     out: Path = Path(),
+    data: Path | None = None,
 ) -> int:
     """Print the best pairs of images with their parts, and save what the model looks at as IMAGE-maps.png.
+
+    Images are read one at a time. One that cannot be read is named, and the others are predicted all the same.
 
     Args:
         images: Image files.
@@ -231,14 +275,15 @@ def predict(
             bank is over the former, and has no part where the latter are more.
         top: How many pairs to print.
         out: Folder for the pictures.
+        data: The data set of the run, wherever it is now: an IMAGE that is no file is looked for among its images.
 
     Returns:
-        0.
+        0, or 1 if an image could not be read.
     """
     import torch
 
     from czsl_heads._checks import check_integer
-    from czsl_heads.data.layout import open_image
+    from czsl_heads.data.images import DataError, open_image
     from czsl_heads.models.condensed import Condensed
     from czsl_heads.report.findings import examine
     from czsl_heads.report.maps import crop_transform
@@ -246,8 +291,7 @@ def predict(
     from czsl_heads.report.terminal import print_finding
 
     check_integer("top", top, 1)
-    for path in images:
-        open_image(path)  # and let go: a thousand photographs do not fit into memory
+    images = images if data is None else _images_of(images, run, data)
     model = _model(run, seed, row)
     device = model.encoder.logit_scale.device
     space = model.space if world == "closed" else model.space.open_world()
@@ -259,15 +303,43 @@ def predict(
         texts = model.texts(pairs)
 
     transform, crop = model.encoder.transform(), crop_transform(model.encoder)
+    bad: list[Path] = []
     for path, target in zip(images, _map_paths(images, out)):
-        image = open_image(path)
+        try:
+            image = open_image(path)
+        except DataError as error:
+            print(f"czsl predict: {error}", file=sys.stderr)
+            bad.append(path)
+            continue
         finding = examine(model, transform(image)[None].to(device), pairs, texts, top=top)[0]
         print_finding(str(path), finding)
         best = finding.predictions[0]
         with _writable("out", out):
             save_strip(f"{path.name}: {best.attribute} {best.object}", panels(crop(image), finding.maps), target)
         print(f"wrote {target}")
-    return 0
+    if bad:
+        print(f"czsl predict: {len(bad)} of {len(images)} images not read: {_named(bad)}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _images_of(images: list[Path], run: Path, data: Path) -> list[Path]:
+    """Images, of which those that are no files are looked for in the data set of a run."""
+    from czsl_heads.data.files import ImageFiles
+    from czsl_heads.training.finished import dataset_of
+
+    results, _ = _finished(run)
+    dataset_of(run, results["config"], data)
+    files = ImageFiles(data)
+    found: list[Path] = []
+    for image in images:
+        inside = None if image.exists() else files.find({"image": str(image)})
+        found.append(image if inside is None else Path(files.folder, inside))
+    return found
+
+
+def _named(paths: list[Path]) -> str:
+    more = f" and {len(paths) - 10} more" if len(paths) > 10 else ""
+    return ", ".join(map(str, paths[:10])) + more
 
 
 def bench(
@@ -355,6 +427,7 @@ def gap(
 
     from czsl_heads._files import write_json
     from czsl_heads.data.layout import read_dataset
+    from czsl_heads.data.shapes import beyond_shapes
     from czsl_heads.models.gap import MEANINGS, gap_reports
     from czsl_heads.models.recipe import Recipe, build
     from czsl_heads.report.terminal import print_gap
@@ -367,6 +440,8 @@ def gap(
     dataset = read_dataset(data)
     if run is None:
         encoder = encoder or "tiny"
+        if told := beyond_shapes(encoder, dataset.space):
+            print(told, file=sys.stderr)
         options = {"context": "a photo of" if context is None else context}
         model = build(Recipe("clip", encoder, "cls", model=options), dataset.space).eval()
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -450,6 +525,8 @@ def _map_paths(images: list[Path], out: Path) -> list[Path]:
 _COMMANDS: dict[str, Callable[..., int]] = {
     "make-shapes": make_shapes,
     "check": check,
+    "import": import_data,
+    "split": split_data,
     "train": train,
     "ablate": ablate,
     "evaluate": evaluate,
@@ -473,7 +550,9 @@ def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     from czsl_heads import __version__
+    from czsl_heads.data.importing import import_dataset
     from czsl_heads.data.shapes import make_shapes as make_dataset
+    from czsl_heads.data.splitting import split_dataset
     from czsl_heads.training.config import configure, configure_model
 
     parser = ArgumentParser(
@@ -483,9 +562,20 @@ def _parser() -> ArgumentParser:
     shapes = ArgumentParser(description="Write a shapes data set to disk, in the field's own layout.")
     shapes.add_function_arguments(make_dataset)
     commands.add_subcommand("make-shapes", shapes, help="draw a data set")
-    checking = ArgumentParser(description="Read a data set, decode every image, and print what is there.")
-    checking.add_function_arguments(check, as_positional=True)
+    checking = ArgumentParser(description="Read a data set, decode every image, and say what is wrong and what is odd.")
+    checking.add_function_arguments(check, as_positional=True, skip={"json"})
+    checking.add_argument("--json", action="store_true", help="all of it, as JSON")
     commands.add_subcommand("check", checking, help="check a data set on disk")
+    importing = ArgumentParser(description="Make a data set of a list of images, or of folders named by labels.")
+    importing.add_argument("source", type=Path, help="a CSV, TSV or JSONL file; or a folder")
+    importing.add_function_arguments(import_dataset, skip={"source", "copy", "link"})
+    importing.add_argument("--copy", action="store_true", help="copy the images into the data set")
+    importing.add_argument("--link", action="store_true", help="link to the images from within the data set")
+    commands.add_subcommand("import", importing, help="make a data set of your own images")
+    splitting = ArgumentParser(description="Draw seen and unseen pairs for a data set that has no split yet.")
+    splitting.add_argument("root", type=Path, help="folder of the data set")
+    splitting.add_function_arguments(split_dataset, skip={"root"})
+    commands.add_subcommand("split", splitting, help="draw seen and unseen pairs")
 
     training = ArgumentParser(description="Train one model of any method on a data set, and test it.")
     _add_training(training, configure_model)
@@ -534,7 +624,13 @@ _ADD = "vac: a condenser behind the method; --add vac --add bank: a memory bank 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; errors of input end in one line on stderr and exit status 1 (usage: 2; interrupted: 130)."""
+    from czsl_heads.data.images import quiet_pillow
+
     command = ""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to stop
+    quiet_pillow()
     try:
         given = sys.argv[1:] if arguments is None else list(arguments)
         parsed = _parser().parse_args([_DOTTED.sub(_one_level, argument) for argument in given])

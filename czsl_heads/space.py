@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -38,9 +39,11 @@ class CompositionSpace:
         objects: Names of the objects, likewise.
         seen: Pairs with training images, as names or as indices, without repeats; at least one.
         unseen: Further pairs. ``pairs`` lists ``seen`` first, each in the order given.
+        words: What prompts say in place of a name; of names that it lacks they say :func:`clean_name`.
 
     Attributes:
         attributes, objects: Tuples of names.
+        words: Names and what prompts say in their place, where that is not :func:`clean_name`.
         pairs: Long tensor ``[P, 2]``.
         seen_mask: Bool tensor ``[P]``, true where the pair is seen.
 
@@ -66,6 +69,7 @@ class CompositionSpace:
     objects: tuple[str, ...]
     pairs: Tensor
     seen_mask: Tensor
+    words: dict[str, str]
     _by_name: tuple[dict[str, int], dict[str, int]] | None = None
 
     def __init__(
@@ -74,9 +78,12 @@ class CompositionSpace:
         objects: Sequence[str],
         seen: Iterable[Pair],
         unseen: Iterable[Pair] = (),
+        *,
+        words: Mapping[str, str] | None = None,
     ) -> None:
         self.attributes = _checked_names("attributes", attributes)
         self.objects = _checked_names("objects", objects)
+        self.words = _checked_words(words or {}, {*self.attributes, *self.objects})
         for role, group in (("seen", seen), ("unseen", unseen)):
             if isinstance(group, str) or not isinstance(group, (Tensor, Iterable)):
                 raise TypeError(f"expected `{role}` to be an iterable of pairs, got {group!r}")
@@ -117,8 +124,34 @@ class CompositionSpace:
 
     def _derive(self, pairs: Tensor, seen_mask: Tensor) -> CompositionSpace:
         space = object.__new__(CompositionSpace)
-        space.attributes, space.objects = self.attributes, self.objects
+        space.attributes, space.objects, space.words = self.attributes, self.objects, self.words
         space._set(pairs, seen_mask)
+        return space
+
+    @property
+    def attribute_words(self) -> tuple[str, ...]:
+        """What prompts say of each attribute."""
+        return tuple(self.words.get(name, clean_name(name)) for name in self.attributes)
+
+    @property
+    def object_words(self) -> tuple[str, ...]:
+        """What prompts say of each object."""
+        return tuple(self.words.get(name, clean_name(name)) for name in self.objects)
+
+    def with_words(self, words: Mapping[str, str]) -> CompositionSpace:
+        """The same space, of which prompts say other words.
+
+        Raises:
+            ValueError: A key names no primitive, or a value is empty.
+            TypeError: Something is no string.
+
+        Example:
+            >>> space = CompositionSpace(["Faux.Fur"], ["boots"], seen=[("Faux.Fur", "boots")])
+            >>> space.with_words({"Faux.Fur": "fake fur"}).attribute_words, space.attribute_words
+            (('fake fur',), ('faux fur',))
+        """
+        space = self._derive(self.pairs, self.seen_mask)
+        space.words = _checked_words(words, {*self.attributes, *self.objects})
         return space
 
     def __getstate__(self) -> dict[str, Any]:
@@ -242,6 +275,7 @@ class CompositionSpace:
         if not isinstance(other, CompositionSpace):
             return NotImplemented
         same_names = self.attributes == other.attributes and self.objects == other.objects
+        same_names = same_names and self.words == other.words
         return same_names and torch.equal(self.pairs, other.pairs) and torch.equal(self.seen_mask, other.seen_mask)
 
     def __hash__(self) -> int:
@@ -273,6 +307,22 @@ def _checked_names(argument: str, names: Sequence[str]) -> tuple[str, ...]:
     if not known:
         raise ValueError(f"expected `{argument}` to hold at least one name, got none")
     return names
+
+
+def _checked_words(words: Mapping[str, str], names: set[str]) -> dict[str, str]:
+    """Those that differ from what prompts say anyway."""
+    if not isinstance(words, Mapping):
+        raise TypeError(f"expected `words` to be a mapping of names to words, got {words!r}")
+    for name, said in words.items():
+        if name not in names:
+            near = get_close_matches(str(name), names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"expected `words` of known primitives, got the unknown {name!r}{hint}")
+        if not isinstance(said, str):
+            raise TypeError(f"expected `words` to hold strings, got {said!r} for {name!r}")
+        if not said.strip():
+            raise ValueError(f"expected `words` to hold words, got {said!r} for {name!r}")
+    return {name: said for name, said in words.items() if said != clean_name(name)}
 
 
 def _resolve(pair: Pair, argument: str, attr_index: dict[str, int], obj_index: dict[str, int]) -> tuple[int, int]:

@@ -59,6 +59,25 @@ def shapes_space() -> CompositionSpace:
     return CompositionSpace(ATTRIBUTES, OBJECTS, seen, unseen_pairs()).subset(sorted([*seen, *unseen_pairs()]))
 
 
+def beyond_shapes(encoder: str, space: CompositionSpace) -> str | None:
+    """What is to be said where the embedded CLIP, which knows the shapes world only, is to look at anything else.
+
+    Args:
+        encoder: The name of an encoder.
+        space: The words of a data set.
+
+    Returns:
+        A line; None for other encoders, and for words of the shapes world.
+    """
+    strange = [name for name in (*space.attributes, *space.objects) if name not in (*ATTRIBUTES, *OBJECTS)]
+    if encoder != "tiny" or not strange:
+        return None
+    return (
+        f"the encoder tiny knows drawn shapes only, and none of {', '.join(map(repr, strange[:3]))}: expect results at "
+        "chance; for photographs take --encoder ViT-B-32:openai, or another that czsl encoders lists"
+    )
+
+
 def companions() -> dict[str, tuple[str, ...]]:
     """For each object, the attributes that images may show on it unsaid: those of its seen pairs."""
     seen = split_pairs("train")

@@ -71,6 +71,59 @@ class Preprocess:
         return whole
 
 
+def split_transform(transform: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Tensor]] | None:
+    """What a transform does to the geometry of every picture alike, and the rest; None if it does not begin so.
+
+    Args:
+        transform: A torchvision ``Compose``, such as :meth:`Preprocess.transform` gives.
+
+    Returns:
+        A function of a PIL image to one of a fixed size, whose ``repr`` says what it does, and one from there on.
+    """
+    from open_clip.transform import CenterCropOrPad, ResizeKeepRatio
+    from torchvision.transforms import CenterCrop, Compose, Resize
+
+    if not isinstance(transform, Compose):
+        return None
+    steps = list(transform.transforms)
+    count = 0
+    while count < len(steps) and isinstance(steps[count], (Resize, ResizeKeepRatio, CenterCrop, CenterCropOrPad)):
+        count += 1
+    if not any(_fixes_size(step) for step in steps[:count]):
+        return None
+    whole: Callable[[Any], Tensor] = Compose(steps[count:])
+    return _Geometry(steps[:count]), whole
+
+
+class _Geometry:
+    """Steps one after the other; all that decides them is in the ``repr``, which those of open_clip do not say."""
+
+    def __init__(self, steps: list[Any]) -> None:
+        self.steps = steps
+
+    def __call__(self, image: Any) -> Any:
+        for step in self.steps:
+            image = step(image)
+        return image
+
+    def __repr__(self) -> str:
+        said = []
+        for step in self.steps:
+            settings = sorted((name, repr(value)) for name, value in vars(step).items() if not name.startswith("_"))
+            said.append(f"{type(step).__name__}{settings}")
+        return " ".join(said)
+
+
+def _fixes_size(step: Any) -> bool:
+    """Whether pictures of all shapes have one size behind a step."""
+    from open_clip.transform import CenterCropOrPad
+    from torchvision.transforms import CenterCrop, Resize
+
+    sides = getattr(step, "size", None)
+    squashes = isinstance(step, Resize) and isinstance(sides, (tuple, list)) and len(sides) == 2
+    return squashes or isinstance(step, (CenterCrop, CenterCropOrPad))
+
+
 def _per_channel(value: Any) -> tuple[float, ...]:
     """One number stands for all three channels, as in open_clip."""
     if not value:

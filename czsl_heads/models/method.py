@@ -276,7 +276,7 @@ class Method(nn.Module, Saved):
 
         from PIL.Image import Image as Picture
 
-        from czsl_heads.data.layout import open_image
+        from czsl_heads.data.images import as_rgb, open_image
 
         several = [images] if isinstance(images, (str, PathLike, Picture)) else images
         if not isinstance(several, Sequence):
@@ -287,7 +287,7 @@ class Method(nn.Module, Saved):
             for each in chunk:
                 if not isinstance(each, (str, PathLike, Picture)):
                     raise TypeError(f"expected `images` to list PIL images and paths, got a {type(each).__name__}")
-            opened = (each.convert("RGB") if isinstance(each, Picture) else open_image(each) for each in chunk)
+            opened = (as_rgb(each) if isinstance(each, Picture) else open_image(each) for each in chunk)
             yield torch.stack([transform(each) for each in opened])
 
 

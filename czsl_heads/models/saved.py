@@ -236,11 +236,13 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def space_as_dict(space: CompositionSpace) -> dict[str, Any]:
     """A label space as plain values."""
+    words = {"words": space.words} if space.words else {}
     return {
         "attributes": list(space.attributes),
         "objects": list(space.objects),
         "pairs": space.pairs.tolist(),
         "seen": space.seen_mask.tolist(),
+        **words,
     }
 
 
@@ -248,4 +250,5 @@ def space_from_dict(record: dict[str, Any]) -> CompositionSpace:
     """The label space that :func:`space_as_dict` wrote down."""
     pairs = [(attr, obj) for attr, obj in record["pairs"]]
     seen, unseen = ([pair for pair, mark in zip(pairs, record["seen"]) if mark is kind] for kind in (True, False))
-    return CompositionSpace(record["attributes"], record["objects"], seen=seen, unseen=unseen).subset(pairs)
+    named = record["attributes"], record["objects"]
+    return CompositionSpace(*named, seen=seen, unseen=unseen, words=record.get("words")).subset(pairs)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from czsl_heads._checks import check_kind
 from czsl_heads.encoders.protocol import Encoder, check_encoder
-from czsl_heads.space import CompositionSpace, clean_name
+from czsl_heads.space import CompositionSpace
 
 _ROWS = 256  # texts encoded at once
 
@@ -20,7 +20,7 @@ def encode_primitives(
 
     Args:
         encoder: A wrapped CLIP.
-        space: Gives the primitives; their names are cleaned (:func:`~czsl_heads.space.clean_name`).
+        space: Gives the primitives; their words stand for their names.
         context: The words before a name.
 
     Returns:
@@ -37,7 +37,7 @@ def encode_primitives(
     """
     check_encoder("encoder", encoder)
     check_kind("space", space, CompositionSpace)
-    texts = [f"{context} {clean_name(name)}".strip() for name in (*space.attributes, *space.objects)]
+    texts = [f"{context} {words}".strip() for words in (*space.attribute_words, *space.object_words)]
     chunks = [texts[start : start + _ROWS] for start in range(0, len(texts), _ROWS)]
     features = torch.cat([encoder.encode_texts(chunk) for chunk in chunks])
     attributes, objects = features.split([len(space.attributes), len(space.objects)])

@@ -16,7 +16,7 @@ from czsl_heads.encoders.protocol import Encoder, check_encoder
 from czsl_heads.functional.precision import score_dtype
 from czsl_heads.functional.unit import unit_vectors
 from czsl_heads.prompts.prefix import encode_fronts, obstacle, prefix_encoding
-from czsl_heads.space import CompositionSpace, clean_name
+from czsl_heads.space import CompositionSpace
 
 Encode = Literal["auto", "prefix", "plain"]
 Span = Literal["pairs", "all"]
@@ -109,6 +109,7 @@ class SoftPrompts(nn.Module):
         self.dropout, self.encode, self.checkpoint = dropout, encode, checkpoint
         self.span, self.dropout_at_evaluation = span, dropout_at_evaluation
         self.attributes, self.objects = space.attributes, space.objects
+        self._words = (*space.attribute_words, *space.object_words)
         self._encoder = (encoder,)  # in a tuple, or its weights would be registered here
         self._shares_prefix()
         with torch.no_grad():
@@ -128,7 +129,7 @@ class SoftPrompts(nn.Module):
         self.register_buffer("_end", sentence[0, int(eos) :].clone(), persistent=False)
 
     def _first_table(self, encoder: Encoder) -> Tensor:
-        return _mean_embeddings(encoder, [clean_name(name) for name in (*self.attributes, *self.objects)])
+        return _mean_embeddings(encoder, list(self._words))
 
     def _checked_table(self, primitives: Tensor, encoder: Encoder) -> Tensor:
         rows = len(self.attributes) + len(self.objects)

@@ -27,6 +27,7 @@ from czsl_heads.report.routing import plot_routing, routing_of
 from czsl_heads.report.scatter import plot_gap
 from czsl_heads.report.table import (
     TRANSDUCTIVE,
+    chance_note,
     columns_note,
     feasibility_note,
     has_feasibility,
@@ -112,6 +113,7 @@ def results_page(
         studies=list(zip(every[main:], pictured)),
         transductive={row["key"] for row in results["rows"] if row["transductive"]},
         transductive_note=TRANSDUCTIVE,
+        chance_note=chance_note(results),
         columns_note=columns_note(results),
         curves=_plotted(plot_curves, results),
         feasibility=_feasibility(results),
@@ -173,7 +175,7 @@ def _inside(sample: Sample, size: tuple[int, int], dataset: CompositionDataset, 
     """Which patches have their centre in the object, by the mask file of an image; None where there is none."""
     from torchvision.transforms.functional import pil_to_tensor
 
-    path = dataset.root / "masks" / sample.path.relative_to(dataset.root / "images").with_suffix(".png")
+    path = dataset.root / "masks" / Path(sample.name).with_suffix(".png")
     if not path.exists():
         return None
     mask = open_image(path)

@@ -140,8 +140,28 @@ def print_results(results: dict[str, Any]) -> None:
         console.print(table)
     if any(row["transductive"] for row in results["rows"]):
         console.print(f"* {TRANSDUCTIVE}")
+    if note := chance_note(results):
+        console.print(note)
     if has_feasibility(results):
         console.print(feasibility_note(results))
+
+
+def chance_note(results: dict[str, Any]) -> str:
+    """A sentence that names the rows at chance; empty where there is none, or where nobody has looked."""
+    chance = results.get("chance")
+    rows = [row["key"] for row in results["rows"] if row.get("at_chance")]
+    if not rows or chance is None:
+        return ""
+    levels = [
+        f"{100 * level['accuracy']:.1f} % of images of {kind} pairs"
+        for kind, level in chance.items()
+        if level["accuracy"] is not None
+    ]
+    which = f"Row {rows[0]} is" if len(rows) == 1 else f"Rows {', '.join(rows)} are"
+    return (
+        f"{which} at chance: no better than always naming the same pair, which is right for {' and '.join(levels)}. "
+        "The encoder may not know these images or words."
+    )
 
 
 def feasibility_note(results: dict[str, Any]) -> str:
@@ -215,6 +235,8 @@ def _notes(results: dict[str, Any]) -> list[str]:
     rows, lines = results["rows"], []
     if any(row["transductive"] for row in rows):
         lines += [f"\\* {TRANSDUCTIVE}", ""]
+    if note := chance_note(results):
+        lines += [f"**{note}**", ""]
     if worst := max(of_seed.get("rejected", 0) for row in rows for of_seed in row["by_seed"]):
         lines += [f"{worst} image vectors were not finite and did not enter a memory bank.", ""]
     if has_feasibility(results):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
 from rich.table import Table
 
 if TYPE_CHECKING:
     from czsl_heads.metrics.gap_report import GapReport
     from czsl_heads.report.findings import Finding
+
+
+def shown_progress(steps: Iterable[Any], count: int) -> Iterator[Any]:
+    """The same steps, with a bar on stderr that shows how far they are."""
+    yield from track(steps, "decoding", total=count, console=Console(stderr=True), transient=True)
 
 
 def print_finding(title: str, finding: Finding) -> None:

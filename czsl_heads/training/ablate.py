@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from czsl_heads._files import plain, write_json
-from czsl_heads.data.layout import CompositionDataset, labels_digest
+from czsl_heads.data.digest import labels_digest
+from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.models.saved import RESULTS, SCHEMA, read_results
+from czsl_heads.training.chance import at_chance, chance_of
 from czsl_heads.training.config import Config
 from czsl_heads.training.folder import open_folder, wanted_rows
 from czsl_heads.training.open_world import OpenWorld, kept_open_world
@@ -42,13 +44,16 @@ def run_ablation(out: Path, config: Config) -> dict[str, Any]:
     config = _extended(out, config)
     work = _Work(out, dataset, config)
     records = [work.done(seed) for seed in config.seeds]
+    chance = chance_of(dataset, "test")
     rows = [row_results(row, config, records) for row in config.rows]
+    rows = [row | {"at_chance": at_chance(row, chance)} for row in rows]
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "config": plain(config.as_dict()),
         "sources": config.sources,
         "environment": environment(),
         "data": describe(dataset),
+        "chance": chance,
         "shown": _shown(config.whole_table, rows),
         "baseline": config.whole_table.baseline,
         "rows": rows,

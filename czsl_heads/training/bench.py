@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from czsl_heads._checks import check_choice
 from czsl_heads._files import whole_file
 from czsl_heads.data.layout import SPLITS, CompositionDataset, DataError
+from czsl_heads.data.shapes import beyond_shapes
 from czsl_heads.encoders.digest import weights_digest
 from czsl_heads.encoders.wrap import wrap
 from czsl_heads.heads.sparse_align import Reduce
@@ -97,6 +99,8 @@ def bench(
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(encoders):
         shared = {"encoder": name, "split": split, "world": world}
+        if told := beyond_shapes(name, dataset.space):
+            print(told, file=sys.stderr)
         try:
             encoder = wrap(name)
             facts = shared | _facts(encoder)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from czsl_heads.models.method import Logits, Method
 from czsl_heads.prompts.soft import TextFeatures
+from czsl_heads.training.feature_cache import encoded
 
 CACHE_BYTES = 2 * 2**30  # kept without being asked to
 
@@ -63,9 +64,9 @@ def encode_images(
     """Encode all images of a loader and keep the result in main memory; None if it would take over ``limit`` bytes."""
     parts: list[EncodedImages] = []
     for images, columns in loader:
-        encoded = method.encode(images.to(device, dtype))
-        (logits,) = method.compare(encoded, texts)
-        part = EncodedImages(map_tensors(Tensor.cpu, encoded), map_tensors(Tensor.cpu, logits), columns)
+        found = encoded(method, images.to(device, dtype))
+        (logits,) = method.compare(found, texts)
+        part = EncodedImages(map_tensors(Tensor.cpu, found), map_tensors(Tensor.cpu, logits), columns)
         if limit is not None and not parts and part.num_bytes / len(part) * len(loader.dataset) > limit:  # type: ignore[arg-type]
             return None
         parts.append(part)

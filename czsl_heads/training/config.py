@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from czsl_heads._checks import check_choice, check_range
 from czsl_heads._files import flatten
+from czsl_heads.data.digest import Pictures
+from czsl_heads.data.layout import CompositionDataset, read_dataset
 from czsl_heads.data.shapes import ShapesSpec
 from czsl_heads.encoders.names import absolute
 from czsl_heads.functional.feasibility import Masking
@@ -35,6 +37,13 @@ QUICK_EPOCHS = 3
 SWEEPS = ("alpha", "beta", "gamma", "depth", "slots")
 # Settings of the open world; a command of the closed one does not write them down.
 OPEN_WORLD: dict[str, Any] = {"world": "closed", "feasibility": "encoder", "masking": "clean"}
+# How a data set is read; a command that reads it as usual does not write them down.
+READING: dict[str, Any] = {
+    "upright": None,
+    "names": "published",
+    "allow_untrained_primitives": False,
+    "allow_outside": False,
+}
 # What a study varies from, or would mix with.
 _NEUTRAL: dict[str, tuple[str, Any]] = {
     "pilot": ("patch_drop", 0),
@@ -68,6 +77,10 @@ class Config:
         add: ``"vac"`` and ``"bank"``, where they stand behind a method.
         studies: Names of studies beside the table.
         world, feasibility, masking: Of the open world.
+        upright, names, allow_untrained_primitives, allow_outside: How the data set is read, see
+            :func:`czsl_heads.data.read_dataset`.
+        digest: Which pictures are read for the data set's digest.
+        cache_dir: Folder for decoded images and frozen features.
     """
 
     method: str
@@ -86,12 +99,22 @@ class Config:
     world: Literal["closed", "open"] = "closed"
     feasibility: str = "encoder"
     masking: Masking = "clean"
+    upright: bool | None = None
+    names: str = "published"
+    allow_untrained_primitives: bool = False
+    allow_outside: bool = False
+    digest: Pictures = "sample"
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("world", self.world, ("closed", "open"))
         check_choice("masking", self.masking, get_args(Masking))
         check_choice("table", self.table, get_args(TableName))
         check_choice("align", self.align, get_args(Reduce))
+        check_choice("digest", self.digest, get_args(Pictures))
+        for name, usual in READING.items():
+            if self.data == "shapes" and getattr(self, name) != usual:
+                raise ValueError(f"expected `{name}` with a data set of yours only, got it with the shapes world")
         for name in ("feasibility", "masking"):
             if self.world == "closed" and getattr(self, name) != OPEN_WORLD[name]:
                 raise ValueError(f'expected `{name}` with world="open" only, got {getattr(self, name)!r} without')
@@ -100,10 +123,19 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """All but the sources, for a JSON file, as plain values."""
-        left_out = {"sources", *(OPEN_WORLD if self.world == "closed" else ())}
+        left_out = {"sources", "digest", "cache_dir", *(OPEN_WORLD if self.world == "closed" else ())}
+        left_out |= {name for name, usual in READING.items() if getattr(self, name) == usual}
         if self.table != "one":
             left_out.add("align")
         return {name: value for name, value in asdict(self).items() if name not in left_out}
+
+    def read(self) -> CompositionDataset:
+        """The data set that ``data`` names, read as it is asked for.
+
+        Raises:
+            DataError: As :func:`czsl_heads.data.read_dataset`.
+        """
+        return read_dataset(self.data, **reading_of(asdict(self)))
 
     @property
     def whole_table(self) -> Table:
@@ -130,6 +162,11 @@ class Config:
         return row.readout.resolved(self.options_of(row.model))
 
 
+def reading_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How a command reads its data set, from what it wrote down."""
+    return {name: settings.get(name, usual) for name, usual in READING.items()}
+
+
 def configure(
     method: str = "sac",
     data: str = "shapes",
@@ -149,6 +186,12 @@ def configure(
     world: Literal["closed", "open"] = "closed",
     feasibility: str = "encoder",
     masking: Literal["clean", "official"] = "clean",
+    upright: bool | None = None,
+    names: str = "published",
+    allow_untrained_primitives: bool = False,
+    allow_outside: bool = False,
+    digest: Literal["sample", "all"] = "sample",
+    cache_dir: Path | None = None,
     options: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
 ) -> Config:
@@ -182,6 +225,14 @@ def configure(
         feasibility: With --world open, what says which pairs can be: "encoder" (its own text features), a .pt file of
             the field, or any other file: word vectors as text, such as glove.6B.300d.txt.
         masking: With --world open: "clean" (an infeasible pair is never predicted) or "official" (its score is 0).
+        upright: Turn images as their EXIF orientation says; default: yes, unless the pairs are those of MIT-States,
+            UT-Zappos or C-GQA, whose published numbers were measured by code that ignores it.
+        names: What prompts say of the data set's names: "published" (dots to blanks, lower case), "clean" (plain
+            English), or a JSON, YAML, CSV or TSV file of replacements.
+        allow_untrained_primitives: Accept validation and test pairs with words that no training pair has.
+        allow_outside: Accept images outside of the data set's folder.
+        digest: Which pictures are read to tell the data set from a changed one: a "sample", or "all".
+        cache_dir: Folder for decoded images and frozen features, which several commands may share; default: none.
         options: Options that replace the preset's, such as --options.epochs 5, --options.bank.slots 8 or
             --options.model.dropout 0.1; docs/ablation.md lists them.
         trainer: Flags of Lightning's Trainer, such as --trainer.precision bf16-mixed or --trainer.devices 2.
@@ -217,6 +268,12 @@ def configure(
         world=world,
         feasibility=feasibility if feasibility == "encoder" else str(Path(feasibility).resolve()),
         masking=masking,
+        upright=upright,
+        names=names if names in ("published", "clean") else str(Path(names).resolve()),
+        allow_untrained_primitives=allow_untrained_primitives,
+        allow_outside=allow_outside,
+        digest=digest,
+        cache_dir=None if cache_dir is None else str(Path(cache_dir).resolve()),
     )
 
 
@@ -239,6 +296,12 @@ def configure_model(
     world: Literal["closed", "open"] = "closed",
     feasibility: str = "encoder",
     masking: Literal["clean", "official"] = "clean",
+    upright: bool | None = None,
+    names: str = "published",
+    allow_untrained_primitives: bool = False,
+    allow_outside: bool = False,
+    digest: Literal["sample", "all"] = "sample",
+    cache_dir: Path | None = None,
     options: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
 ) -> Config:
@@ -261,6 +324,14 @@ def configure_model(
         world: "open" also masks the open world's scores by feasibility, as in czsl ablate.
         feasibility: With --world open: "encoder", a .pt file of the field, or word vectors as text.
         masking: With --world open: "clean" or "official".
+        upright: Turn images as their EXIF orientation says; default: yes, unless the pairs are those of MIT-States,
+            UT-Zappos or C-GQA, whose published numbers were measured by code that ignores it.
+        names: What prompts say of the data set's names: "published" (dots to blanks, lower case), "clean" (plain
+            English), or a JSON, YAML, CSV or TSV file of replacements.
+        allow_untrained_primitives: Accept validation and test pairs with words that no training pair has.
+        allow_outside: Accept images outside of the data set's folder.
+        digest: Which pictures are read to tell the data set from a changed one: a "sample", or "all".
+        cache_dir: Folder for decoded images and frozen features, which several commands may share; default: none.
         options: Options that replace the preset's, such as --options.epochs 5; docs/ablation.md lists them.
         trainer: Flags of Lightning's Trainer, such as --trainer.precision bf16-mixed or --trainer.devices 2.
 
@@ -279,6 +350,12 @@ def configure_model(
         world=world,
         feasibility=feasibility if feasibility == "encoder" else str(Path(feasibility).resolve()),
         masking=masking,
+        upright=upright,
+        names=names if names in ("published", "clean") else str(Path(names).resolve()),
+        allow_untrained_primitives=allow_untrained_primitives,
+        allow_outside=allow_outside,
+        digest=digest,
+        cache_dir=None if cache_dir is None else str(Path(cache_dir).resolve()),
     )
 
 

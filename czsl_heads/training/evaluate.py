@@ -30,6 +30,8 @@ from czsl_heads.models.method import Logits, Method, tokens_of
 from czsl_heads.models.recipe import new_bank
 from czsl_heads.prompts.soft import TextFeatures
 from czsl_heads.space import CompositionSpace
+from czsl_heads.training.feature_cache import encoded as encoded_images
+from czsl_heads.training.feature_cache import evaluation_images
 from czsl_heads.training.loaders import eval_loader
 from czsl_heads.training.open_world import OpenWorld, Thresholds
 from czsl_heads.training.options import Options
@@ -137,11 +139,20 @@ class Evaluation(lightning.LightningModule):
         self.register_buffer("_candidates", dataset.eval_mask(split), persistent=False)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        transform, options = self.model.encoder.transform(), self.options
-        return [
-            eval_loader(self.dataset.images(split, transform), options.eval_batch_size, workers=options.workers)
-            for split in self.parts.values()
-        ]
+        options, precision = self.options, self.trainer.precision_plugin
+        loaders = []
+        for split in self.parts.values():
+            images = evaluation_images(
+                self.dataset,
+                split,
+                self.model,
+                precision.forward_context,
+                precision=str(precision.precision),
+                batch_size=options.eval_batch_size,
+                workers=options.workers,
+            )
+            loaders.append(eval_loader(images, options.eval_batch_size, workers=options.workers))
+        return loaders
 
     def on_test_epoch_start(self) -> None:
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
@@ -177,7 +188,7 @@ class Evaluation(lightning.LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         images, columns = batch
-        encoded = self.method.encode(images)
+        encoded = encoded_images(self.method, images)
         features = None if self.condenser is None else self.condenser(tokens_of(encoded))
         part = [*self.parts][dataloader_idx]
         if features is not None and part == "fill":

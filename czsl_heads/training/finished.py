@@ -8,13 +8,15 @@ from typing import Any, Literal
 
 from czsl_heads._checks import check_choice
 from czsl_heads._files import plain, read_json
-from czsl_heads.data.layout import SPLITS, CompositionDataset, DataError, labels_digest, read_dataset
+from czsl_heads.data.digest import labels_digest, pictures_digest
+from czsl_heads.data.layout import SPLITS, CompositionDataset, DataError, read_dataset
 from czsl_heads.functional.feasibility import Masking
 from czsl_heads.models.recipe import from_plain
 from czsl_heads.models.saved import CONFIG, RESULTS, read_results, space_from_dict
 from czsl_heads.space import CompositionSpace
 from czsl_heads.training.ablate import compared, describe, environment, row_results, say
-from czsl_heads.training.config import OPEN_WORLD, Config
+from czsl_heads.training.chance import at_chance, chance_of
+from czsl_heads.training.config import OPEN_WORLD, Config, reading_of
 from czsl_heads.training.evaluate import Evaluation
 from czsl_heads.training.open_world import OpenWorld, feasibility_table
 from czsl_heads.training.options import Options
@@ -49,20 +51,24 @@ def finished(run: Path, seed: int | None = None) -> tuple[dict[str, Any], int]:
 
 
 def dataset_of(run: Path, config: dict[str, Any], data: Path | None = None) -> CompositionDataset:
-    """The data set of a command, or the one in another folder.
+    """The data set of a command, where it was or, if it was moved, in another folder.
 
     Raises:
         ValueError: There is none, or it is not what the command was given.
     """
-    if data is not None:
-        return read_dataset(data)
-    dataset = read_dataset(run / "shapes" if config["shapes"] else config["data"])
-    digest = read_json(run / CONFIG).get("data_digest")
-    if digest is not None and digest != labels_digest(dataset.root):
+    folder = Path(run / "shapes" if config["shapes"] else config["data"]) if data is None else data
+    if data is None and not folder.exists():
+        raise DataError(f"{folder}: expected the data set of {run}, got nothing; pass --data if it was moved")
+    dataset = read_dataset(folder, **reading_of(config))
+    recorded = read_json(run / CONFIG)
+    if recorded.get("data_digest", labels_digest(dataset.root)) != labels_digest(dataset.root):
         raise ValueError(
-            f"expected {dataset.root} with the labels that {run} was trained on, got changed ones; pass --data to "
-            "score other data"
+            f"expected {dataset.root} with the labels that {run} was trained on, got other ones; czsl evaluate scores "
+            "other data"
         )
+    pictures = recorded.get("pictures_digest")
+    if pictures is not None and pictures != pictures_digest(dataset, pictures.partition(":")[0]):
+        raise ValueError(f"expected {dataset.root} with the pictures that {run} was trained on, got other ones")
     return dataset
 
 
@@ -119,7 +125,8 @@ def evaluate(
             raise ValueError(f"expected `rows` whose models are kept, got {key}, of which only the shorter budget's is")
     config = _changed(results, data, {"world": world, "feasibility": feasibility, "masking": masking}, trainer)
     wanted = [row for row in config.rows if row.key in (rows or budgets.keys() - left_out)]
-    own = dataset_of(run, results["config"], data)
+    reading = reading_of(results["config"])
+    own = dataset_of(run, results["config"]) if data is None else read_dataset(data, **reading)
     dataset = known_words(own, run / f"seed{config.seeds[0]}" / wanted[0].model.folder)
     open_world = None
     if world == "open":
@@ -137,13 +144,16 @@ def evaluate(
             path = run / f"seed{seed}" / folder
             found = evaluate_model(path, dataset, ways, split=split, trainer=config.trainer, open_world=open_world)
             record[folder] = _record(path, found)
+    chance = chance_of(dataset, split)
     lines = [row_results(row, config, records) for row in wanted]
+    lines = [line | {"at_chance": at_chance(line, chance)} for line in lines]
     return {
         **results,
         "config": {**plain(config.as_dict()), "shapes": None if data else results["config"]["shapes"]},
         "environment": environment(),
         "split": split,
         "data": {**describe(own), "images": {split: len(own.samples[split])}},
+        "chance": chance,
         "rows": lines,
         "comparisons": compared(config.whole_table, lines),
         "studies": {},
@@ -198,5 +208,6 @@ def known_words(dataset: CompositionDataset, model: Path) -> CompositionDataset:
         trained.objects,
         seen=[name for name in names if name in seen],
         unseen=[name for name in names if name not in seen],
+        words=trained.words,
     ).subset(names)
     return replace(dataset, space=space)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from czsl_heads._files import flatten, plain, read_json, write_json
+from czsl_heads.data.digest import labels_digest, pictures_digest
 from czsl_heads.data.integrity import broken_images
-from czsl_heads.data.layout import CompositionDataset, DataError, labels_digest, read_dataset
-from czsl_heads.data.shapes import make_shapes, shapes_space
+from czsl_heads.data.layout import CompositionDataset, DataError, read_dataset
+from czsl_heads.data.shapes import beyond_shapes, make_shapes, shapes_space
 from czsl_heads.encoders.digest import differs, identity, weights_digest
 from czsl_heads.encoders.wrap import wrap
 from czsl_heads.models.condensed import Condensed
@@ -22,7 +23,7 @@ from czsl_heads.models.method import Method
 from czsl_heads.models.recipe import build, new_bank
 from czsl_heads.models.saved import CONFIG
 from czsl_heads.space import CompositionSpace
-from czsl_heads.training.config import OPEN_WORLD, Config
+from czsl_heads.training.config import OPEN_WORLD, READING, Config
 from czsl_heads.training.open_world import FEASIBILITY, feasibility_table, keep_feasibility
 from czsl_heads.training.options import Options
 from czsl_heads.training.rows import Row
@@ -50,10 +51,12 @@ def open_folder(out: Path, config: Config) -> CompositionDataset:
         OSError: ``out`` holds something else, or cannot be written.
     """
     path, table = out / CONFIG, None
-    dataset = None if config.shapes else read_dataset(config.data)
-    settings = _settings(config, dataset)
+    dataset = None if config.shapes else config.read()
+    if dataset is not None and (told := beyond_shapes(config.encoder, dataset.space)):
+        print(told, file=sys.stderr, flush=True)
+    before = read_json(path) if path.exists() else {}
+    settings = _settings(config, dataset, before)
     if path.exists():
-        before = read_json(path)
         _compare(out, before, settings)
         check_trainer(config.trainer)
         clip = _identified(wrap(config.encoder))
@@ -70,7 +73,7 @@ def open_folder(out: Path, config: Config) -> CompositionDataset:
             keep_feasibility(out, feasibility_table(config, dataset.space) if table is None else table)
     except OSError as error:
         raise OSError(f"expected `out` to be a folder that can be written, got {out} ({error.strerror})") from error
-    return dataset
+    return dataset if config.cache_dir is None else replace(dataset, cache_dir=Path(config.cache_dir))
 
 
 def wanted_rows(config: Config) -> list[Row]:
@@ -162,18 +165,23 @@ def _decode_all(dataset: CompositionDataset) -> None:
         raise DataError(broken[0] + more)
 
 
-def _settings(config: Config, dataset: CompositionDataset | None) -> dict[str, Any]:
+def _settings(config: Config, dataset: CompositionDataset | None, before: dict[str, Any]) -> dict[str, Any]:
     """What is kept in the folder: the configuration, and what the files of the data set say."""
-    digest = {} if dataset is None else {"data_digest": labels_digest(dataset.root)}
     settings: dict[str, Any] = plain(config.as_dict())
-    return settings | digest
+    if dataset is None:
+        return settings
+    known: Any = before.get("pictures_digest", config.digest).partition(":")[0]  # which pictures were read before
+    digests = {"data_digest": labels_digest(dataset.root), "pictures_digest": pictures_digest(dataset, known)}
+    words = {"words": dataset.space.words} if dataset.space.words else {}
+    return settings | digests | words
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     found = {name: value for name, value in found.items() if name not in _OF_CLIP}
-    before, now = (flatten({**OPEN_WORLD, **settings}) for settings in (found, wanted))
+    before, now = (flatten({**OPEN_WORLD, **READING, **settings}) for settings in (found, wanted))
     # A folder of an earlier version lacks the options of later ones, and was run without.
     before = flatten({"options": plain(Options().as_dict())}) | before
+    before.setdefault("pictures_digest", now.get("pictures_digest"))
     digest = before.get("data_digest")
     moved = ("data",) if digest is not None and digest == now.get("data_digest") else ()  # the same data elsewhere
     free = [name for name in _FREE if name != "seeds" or now["table"] != "one"]  # one model has one seed

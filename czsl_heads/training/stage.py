@@ -16,6 +16,7 @@ from czsl_heads.models.method import Method
 from czsl_heads.prompts.soft import TextFeatures
 from czsl_heads.training.cache import CACHE_BYTES, EncodedImages, encode_images
 from czsl_heads.training.evaluate import PROTOCOLS
+from czsl_heads.training.feature_cache import encoded, evaluation_images
 from czsl_heads.training.gap_loss import add_gap_loss
 from czsl_heads.training.loaders import eval_loader, train_loader
 from czsl_heads.training.micro_batch import losses_in_parts
@@ -81,8 +82,21 @@ class Stage(lightning.LightningModule):
         return train_loader(images, self.options.batch_size, self.seed, workers=self.options.workers, **ranks)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        images = self._encoded.get("val") or self.dataset.images("val", self.model.encoder.transform())
+        images = self._encoded.get("val") or self._plain_images("val")
         return eval_loader(images, self.options.eval_batch_size, workers=self.options.workers)
+
+    def _plain_images(self, split: str) -> Any:
+        """Images as they are evaluated, or their tokens where no epoch changes them."""
+        options, precision = self.options, self.trainer.precision_plugin
+        return evaluation_images(
+            self.dataset,
+            split,
+            self.model,
+            precision.forward_context,
+            precision=str(precision.precision),
+            batch_size=options.eval_batch_size,
+            workers=options.workers,
+        )
 
     def configure_optimizers(self) -> Any:
         options = self.options
@@ -110,14 +124,13 @@ class Stage(lightning.LightningModule):
     def _encode_once(self, method: Method, split: str, texts: TextFeatures) -> None:
         if self.options.cache is False:
             return
-        used = sum(encoded.num_bytes for encoded in self._encoded.values())
+        used = sum(each.num_bytes for each in self._encoded.values())
         limit = None if self.options.cache else CACHE_BYTES - used
-        images = self.dataset.images(split, method.encoder.transform())
-        loader = eval_loader(images, self.options.eval_batch_size, workers=self.options.workers)
+        loader = eval_loader(self._plain_images(split), self.options.eval_batch_size, workers=self.options.workers)
         dtype = next(self.model.parameters()).dtype  # half with Lightning's precision "bf16-true"
-        encoded = encode_images(method, loader, texts, device=self.device, dtype=dtype, limit=limit)
-        if encoded is not None:
-            self._encoded[split] = encoded
+        found = encode_images(method, loader, texts, device=self.device, dtype=dtype, limit=limit)
+        if found is not None:
+            self._encoded[split] = found
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed((self.seed * 1_000_003 + self.current_epoch) * 1_009 + self.global_rank)
@@ -130,10 +143,10 @@ class Stage(lightning.LightningModule):
         """Encoding and logits of images, or of images that were encoded before."""
         if len(batch) == 3:
             assert self.behind is not None
-            encoded, aligned, _ = batch
-            return encoded, self.behind.compare(encoded, texts, aligned=aligned)[0]
-        encoded = self.model.encode(batch[0])
-        return encoded, self.model.compare(encoded, texts)[0]
+            known, aligned, _ = batch
+            return known, self.behind.compare(known, texts, aligned=aligned)[0]
+        found = encoded(self.model, batch[0])
+        return found, self.model.compare(found, texts)[0]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         size = len(batch[-1])
@@ -153,12 +166,12 @@ class Stage(lightning.LightningModule):
 
     def _losses(self, batch: Any, texts: TextFeatures) -> dict[str, Tensor]:
         target = self.get_buffer("_train_column")[batch[-1]]
-        encoded, logits = self._compare(batch, texts)
+        found, logits = self._compare(batch, texts)
         losses = self.model.losses(logits, self.train_space.pairs_on(self.device), target)
         kind, weight = self.options.gap_loss, self.options.gap_weight
         if kind is None:
             return losses
-        vectors = self.model.vectors(encoded, logits, texts.pairs[target])
+        vectors = self.model.vectors(found, logits, texts.pairs[target])
         return add_gap_loss(losses, vectors, texts.pairs, target, kind=kind, weight=weight)
 
     def _losses_in_parts(self, batch: Any, texts: TextFeatures) -> dict[str, Tensor]:

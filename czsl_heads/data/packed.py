@@ -1,0 +1,160 @@
+"""Pictures decoded and resized once, in one memory-mapped file that commands share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from filelock import FileLock
+from numpy.lib.format import open_memmap
+from PIL import Image
+
+from czsl_heads.data.digest import file_digest
+from czsl_heads.data.layout import ImageSplit
+from czsl_heads.encoders.transforms import split_transform
+
+_VERSION = 1  # of what the files hold
+
+
+class PackedImages(ImageSplit):
+    """An :class:`~czsl_heads.data.layout.ImageSplit` whose pictures are read from a packed file.
+
+    It is pickled without the pictures: each process maps the file by itself.
+    """
+
+    def __init__(self, images: ImageSplit, path: Path, rest: Callable[[Any], Any]) -> None:
+        super().__init__(images.samples, rest, seed=images.seed, upright=images.upright)
+        self.path = path
+        self._pixels: Any = None
+
+    def picture(self, number: int) -> Any:
+        if self._pixels is None:
+            self._pixels = np.load(self.path, mmap_mode="r")  # [n, height, width, 3]
+        return Image.fromarray(self._pixels[number])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pixels": None}
+
+
+def packed(images: ImageSplit, folder: Path) -> ImageSplit:
+    """The same images, decoded and resized once; from a file in ``folder``, which is made if it is not there yet.
+
+    The file is named by the content of the pictures and by what the transform does to their geometry. What is random,
+    and what becomes of the pixels behind that, runs at each access, so every number is the same as without. Where a
+    transform does not begin with resizing and cropping to one size, the images come back as they are.
+
+    Args:
+        images: The images of a split, with a transform.
+        folder: Folder of such files.
+
+    Returns:
+        The images, to the bit.
+
+    Raises:
+        DataError: A picture does not decode; no file is left.
+        OSError: ``folder`` cannot be written.
+
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from czsl_heads import wrap
+        >>> from czsl_heads.data import make_shapes, read_dataset
+        >>> dataset = read_dataset(make_shapes(f"{mkdtemp()}/w", train_per_pair=1, val_per_pair=1, test_per_pair=1))
+        >>> images = dataset.images("val", wrap("tiny").transform())
+        >>> bool((packed(images, Path(mkdtemp()))[3][0] == images[3][0]).all())
+        True
+    """
+    parts = split_transform(images.transform)
+    if parts is None or not len(images):
+        return images
+    geometry, rest = parts
+    about = f"{_VERSION} {PIL.__version__} {geometry!r} upright={images.upright}"
+
+    def fill(path: Path) -> None:
+        _pack(images, geometry, path)
+
+    path = built_once(folder, f"pixels-{content_key(images, about)}.npy", fill)
+    return PackedImages(images, path, rest)
+
+
+def content_key(images: ImageSplit, about: str) -> str:
+    """What a file of these pictures is named by: their bytes, in order, and what was done to them."""
+    paths = [os.path.join(sample.folder, sample.name) for sample in images.samples]
+    whole = hashlib.sha256(about.encode())
+    with ThreadPoolExecutor() as pool:  # reading and hashing release the interpreter's lock
+        for digest in pool.map(file_digest, paths):
+            whole.update(digest.encode())
+    return whole.hexdigest()[:40]
+
+
+def built_once(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
+    """A file of a folder of caches, built if it is not there, by one process at a time.
+
+    It appears whole or not at all: what was killed in the middle leaves a temporary file, which the next one removes. A
+    file that is shorter than its head says is built anew.
+
+    Args:
+        folder: The folder.
+        name: Of the ``.npy`` file.
+        build: Writes it to the path that it is given.
+
+    Raises:
+        OSError: ``folder`` cannot be written.
+    """
+    path = folder / name
+    if _whole(path):
+        return path
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{name}.lock")
+        with lock:  # the system lets go of it when a process dies
+            if not _whole(path):
+                _build(path, build)
+    except OSError as error:
+        raise OSError(
+            f"expected `cache_dir` to be a folder that can be written, got {folder} ({error.strerror or error})"
+        ) from error
+    return path
+
+
+def _build(path: Path, build: Callable[[Path], None]) -> None:
+    for left in path.parent.glob(f".{path.stem}-*"):
+        left.unlink()
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}.npy")
+    try:
+        build(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _whole(path: Path) -> bool:
+    """Whether a file is there, and as long as its head says."""
+    try:
+        np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return True
+
+
+def _pack(images: ImageSplit, geometry: Callable[[Any], Any], path: Path) -> None:
+    def picture(number: int) -> np.ndarray:
+        return np.asarray(geometry(images.picture(number)).convert("RGB"))
+
+    first = picture(0)
+    pixels = open_memmap(path, "w+", np.uint8, (len(images), *first.shape))
+
+    def write(number: int) -> None:
+        pixels[number] = picture(number)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and resizing release the interpreter's lock
+        for _ in pool.map(write, range(len(images))):
+            pass
+    pixels.flush()
