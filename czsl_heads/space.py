@@ -43,14 +43,14 @@ class CompositionSpace:
 
     Attributes:
         attributes, objects: Tuples of names.
-        words: Names and what prompts say in their place, where that is not :func:`clean_name`.
+        words: A dict of names and what prompts say in their place, where that is not :func:`clean_name`.
         pairs: Long tensor ``[P, 2]``.
         seen_mask: Bool tensor ``[P]``, true where the pair is seen.
 
     Raises:
-        ValueError: A name or pair is repeated, a pair names an unknown primitive, a pair is both seen and unseen, or
-            ``seen`` is empty. The message names the offender.
-        TypeError: A name is no string, or an argument no sequence.
+        ValueError: A name or pair is repeated, a pair or a key of ``words`` names an unknown primitive, a pair is
+            both seen and unseen, or ``seen`` or what a prompt should say is empty. The message names the offender.
+        TypeError: A name or what stands for it is no string, an argument no sequence, or ``words`` no mapping.
 
     Example:
         >>> space = CompositionSpace(["black", "white"], ["swan", "cat"], seen=[("white", "swan"), ("black", "cat")])
@@ -83,7 +83,7 @@ class CompositionSpace:
     ) -> None:
         self.attributes = _checked_names("attributes", attributes)
         self.objects = _checked_names("objects", objects)
-        self.words = _checked_words(words or {}, {*self.attributes, *self.objects})
+        self.words = _checked_words({} if words is None else words, {*self.attributes, *self.objects})
         for role, group in (("seen", seen), ("unseen", unseen)):
             if isinstance(group, str) or not isinstance(group, (Tensor, Iterable)):
                 raise TypeError(f"expected `{role}` to be an iterable of pairs, got {group!r}")
@@ -124,26 +124,43 @@ class CompositionSpace:
 
     def _derive(self, pairs: Tensor, seen_mask: Tensor) -> CompositionSpace:
         space = object.__new__(CompositionSpace)
-        space.attributes, space.objects, space.words = self.attributes, self.objects, self.words
+        space.attributes, space.objects, space.words = self.attributes, self.objects, dict(self.words)
         space._set(pairs, seen_mask)
         return space
 
     @property
     def attribute_words(self) -> tuple[str, ...]:
-        """What prompts say of each attribute."""
+        """What prompts say of each attribute, in order.
+
+        Example:
+            >>> CompositionSpace(["Faux.Fur", "wet"], ["dog"], seen=[("wet", "dog")]).attribute_words
+            ('faux fur', 'wet')
+        """
         return tuple(self.words.get(name, clean_name(name)) for name in self.attributes)
 
     @property
     def object_words(self) -> tuple[str, ...]:
-        """What prompts say of each object."""
+        """What prompts say of each object, in order.
+
+        Example:
+            >>> words = {"Boots.Ankle": "ankle boots"}
+            >>> CompositionSpace(["wet"], ["Boots.Ankle"], seen=[(0, 0)], words=words).object_words
+            ('ankle boots',)
+        """
         return tuple(self.words.get(name, clean_name(name)) for name in self.objects)
 
     def with_words(self, words: Mapping[str, str]) -> CompositionSpace:
         """The same space, of which prompts say other words.
 
+        Args:
+            words: As in the constructor; those of this space are not kept.
+
+        Returns:
+            A new space.
+
         Raises:
             ValueError: A key names no primitive, or a value is empty.
-            TypeError: Something is no string.
+            TypeError: ``words`` is no mapping, or a value no string.
 
         Example:
             >>> space = CompositionSpace(["Faux.Fur"], ["boots"], seen=[("Faux.Fur", "boots")])
@@ -275,7 +292,8 @@ class CompositionSpace:
         if not isinstance(other, CompositionSpace):
             return NotImplemented
         same_names = self.attributes == other.attributes and self.objects == other.objects
-        same_names = same_names and self.words == other.words
+        said = self.attribute_words, self.object_words
+        same_names = same_names and said == (other.attribute_words, other.object_words)
         return same_names and torch.equal(self.pairs, other.pairs) and torch.equal(self.seen_mask, other.seen_mask)
 
     def __hash__(self) -> int:

@@ -17,8 +17,8 @@ from PIL import Image
 
 import czsl_heads
 from czsl_heads import cli
-from czsl_heads.cli import main, predict
-from czsl_heads.data import layout
+from czsl_heads.cli import main
+from czsl_heads.data import images
 from czsl_heads.models.recipe import new_bank
 from czsl_heads.models.saved import SCHEMA, load_model, save_model
 from czsl_heads.training.config import configure_model
@@ -70,8 +70,12 @@ def test_make_shapes_writes_a_data_set_that_check_accepts(tmp_path: Path) -> Non
             1,
             "expected `run` of czsl train or czsl ablate, got nowhere, which has no config.json",
         ),
-        (["predict", "file", "--run", "nowhere"], 1, "file: expected an image, got a file of another kind"),
-        (["predict", "none.png", "--run", "nowhere"], 1, "none.png: expected an image file, got none"),
+        (["predict", "file", "--run", "nowhere"], 1, "expected `run` of czsl train or czsl ablate, got nowhere"),
+        (["import", "nowhere", "--out", "o"], 1, "nowhere: expected a file or a folder, got nothing"),
+        (["import", "file", "--out", "o"], 1, "file: expected a file that ends in .csv, .tsv, .jsonl, or a folder"),
+        (["split", "nowhere"], 1, "got none; czsl import makes one"),
+        (["check", "nowhere", "--dataset", "zappos"], 2, "dataset"),
+        (["train", "--out", "o", "--names", "clean"], 1, "expected `names` with a data set of yours only"),
         (["predict", "--run", "nowhere"], 2, "arguments are required: predict.images"),
         (["predict", "file", "--run", "nowhere", "--world", "half"], 2, "world"),
         (["ablate"], 2, "arguments are required: ablate.out"),
@@ -161,6 +165,20 @@ def photos(shapes_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return names
 
 
+@pytest.fixture
+def smaller_world(small_ablation: Path, tmp_path: Path) -> Path:
+    """The same ablation as if its data set had fewer pairs, so that the open world has more."""
+    run = tmp_path / "run"
+    shutil.copytree(small_ablation, run, ignore=shutil.ignore_patterns("checkpoints", "logs", "tensorboard"))
+    path = run / "seed0" / "vac"
+    model = load_model(path)
+    pairs = model.space.pairs[:-1]
+    model.method.space = model.space.subset(pairs)
+    model.bank = new_bank(model.space, model.encoder, model.recipe.bank)
+    save_model(model, path)
+    return run
+
+
 def test_predict_names_the_pairs_and_saves_the_maps(
     photos: list[str], small_ablation: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -177,32 +195,6 @@ def test_predict_names_the_pairs_and_saves_the_maps(
             assert picture.width > 4 * 192
     assert {name: (tmp_path / name).read_bytes() for name in photos} == before
     assert len([*tmp_path.rglob("*.png")]) == 6
-
-
-def test_one_broken_image_stops_predict_before_anything_is_written(
-    photos: list[str], small_ablation: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    whole = (tmp_path / "one.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    assert main(["predict", "one.png", "cut.png", "--run", str(small_ablation), "--out", "new"]) == 1
-    captured = capsys.readouterr()
-    assert "cut.png: expected a whole image, got one that cannot be decoded" in captured.err
-    assert captured.out == ""
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.fixture
-def smaller_world(small_ablation: Path, tmp_path: Path) -> Path:
-    """The same ablation as if its data set had fewer pairs, so that the open world has more."""
-    run = tmp_path / "run"
-    shutil.copytree(small_ablation, run, ignore=shutil.ignore_patterns("checkpoints", "logs", "tensorboard"))
-    path = run / "seed0" / "vac"
-    model = load_model(path)
-    pairs = model.space.pairs[:-1]
-    model.method.space = model.space.subset(pairs)
-    model.bank = new_bank(model.space, model.encoder, model.recipe.bank)
-    save_model(model, path)
-    return run
 
 
 def test_the_bank_has_no_part_in_a_larger_world(
@@ -389,29 +381,87 @@ def test_a_method_without_a_bank_has_no_weights_to_tune(small_ablation: Path, tm
     assert "expected `run` with a memory bank (--add vac --add bank)" in capsys.readouterr().err
 
 
-def test_images_are_let_go_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(4):
-        Image.new("RGB", (20, 20), (number, 9, 9)).save(tmp_path / f"{number}.png")
+def test_predict_reads_one_image_at_a_time_and_goes_on_behind_a_bad_one(
+    small_ablation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(5)]
+    for number, path in enumerate(paths[:4]):
+        Image.new("RGB", (60, 50), (number, 9, 9)).save(path)
+    paths[1].write_text("no image", encoding="utf-8")
     alive: list[weakref.ref] = []
-    plain = layout.open_image
+    most = []
+    plain = images.open_image
 
     def watched(path):
+        most.append(sum(ref() is not None for ref in alive))
         image = plain(path)
         alive.append(weakref.ref(image))
         return image
 
-    class ReachedError(Exception):
-        pass
+    monkeypatch.setattr(images, "open_image", watched)
+    assert main(["predict", *map(str, paths), "--run", str(small_ablation), "--out", str(tmp_path / "maps")]) == 1
+    told = capsys.readouterr()
+    assert max(most) <= 1
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == {f"{number}-maps.png" for number in (0, 2, 3)}
+    lines = told.err.strip().splitlines()
+    assert f"czsl predict: {paths[1]}: expected an image, got a file of another kind" in lines
+    assert f"czsl predict: {paths[4]}: expected an image file, got none" in lines
+    assert lines[-1] == f"czsl predict: 2 of 5 images not read: {paths[1]}, {paths[4]}"
 
-    def before_the_model(*_):
-        raise ReachedError(sum(ref() is not None for ref in alive))
 
-    monkeypatch.setattr(layout, "open_image", watched)
-    monkeypatch.setattr("czsl_heads.cli._finished", before_the_model)
-    with pytest.raises(ReachedError) as reached:
-        predict(sorted(tmp_path.glob("*.png")), tmp_path / "run")
-    assert reached.value.args[0] <= 1
-    assert len(alive) == 4
+def test_own_photographs_become_a_data_set(tmp_path: Path) -> None:
+    for attribute in ("wet", "old", "hot"):
+        for obj in ("dog", "cat", "fox"):
+            (tmp_path / "photos" / attribute / obj).mkdir(parents=True)
+            for number in range(4):
+                value = 20 * number
+                Image.new("RGB", (50, 60), (value, len(attribute), len(obj))).save(
+                    tmp_path / "photos" / attribute / obj / f"{number}.png"
+                )
+    made = czsl("import", "photos", "--out", "data", "--copy", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "wrote data: 36 rows, 36 pictures, 9 pairs" in made.stdout
+    early = czsl("train", "--data", "data", "--out", "run", cwd=tmp_path)
+    assert early.returncode == 1
+    assert early.stderr.strip().endswith(
+        "data: expected a split, got none yet; czsl split " + str(tmp_path / "data") + " draws one"
+    )
+    drawn = czsl("split", "data", "--seed", "1", "--unseen", "0.3", cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    assert "drawn by seed 1" in drawn.stdout
+    checked = czsl("check", "data", "--json", cwd=tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    report = json.loads(checked.stdout)
+    assert report["ok"]
+    assert sum(report["images"].values()) == 36
+    strange = czsl(
+        "train", "--method", "clip", "--data", "data", "--out", "run", "--trainer.accelerator=cpu", cwd=tmp_path
+    )
+    assert strange.returncode == 0, strange.stderr
+    assert "the encoder tiny knows drawn shapes only, and none of 'hot', 'old', 'wet'" in strange.stderr
+    refused = czsl("check", "data", "--dataset", "cgqa", cwd=tmp_path)
+    assert refused.returncode == 1
+    assert "not fit to train on" in refused.stdout
+
+    (tmp_path / "data").rename(tmp_path / "moved")
+    command = ["train", "--method", "clip", "--data", "moved", "--out", "run", "--trainer.accelerator=cpu"]
+    again = czsl(*command, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    gone = czsl("report", "run", "--images", "1", cwd=tmp_path)
+    assert gone.returncode == 0, gone.stderr  # the folder knows where the data is now
+    (tmp_path / "moved").rename(tmp_path / "data")
+    lost = czsl("report", "run", "--images", "1", cwd=tmp_path)
+    assert lost.returncode == 1
+    assert "pass --data if it was moved" in lost.stderr
+    named = czsl("predict", "old/dog/1.png", "--run", "run", "--data", "data", cwd=tmp_path)
+    assert named.returncode == 0, named.stderr
+    Image.new("RGB", (50, 61)).save(tmp_path / "data" / "images" / "old" / "dog" / "1.png")
+    for changed in (["report", "run"], ["predict", "x.png", "--run", "run"]):
+        done = czsl(*changed, "--data", "data", cwd=tmp_path)
+        assert done.returncode == 1
+        assert (
+            "with the pictures that run was trained on, got other ones" in done.stderr or "memory bank" in done.stderr
+        )
 
 
 def test_baselines_are_another_door_to_the_same_command(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ WITHOUT_EXAMPLE = {
     "CZSLResult",
     "FeasibilityCurve",
     "GapReport",
-    "check",
     "make_shapes",
     "read_dataset",
 }

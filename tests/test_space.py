@@ -276,3 +276,83 @@ def test_a_space_tells_membership(space):
     for other in (("wet", "car"), ("car", "dry"), ("none", "dog"), (0, 9), (-1, 0), "dry", ("dry",), 3, None):
         assert other not in space
     assert all(pair in space.open_world() for pair in space)
+
+
+WORDS = {"Old": "aged", "Boat.Shoe": "deck shoe"}
+
+
+@pytest.fixture
+def worded(space):
+    return CompositionSpace(ATTRIBUTES, OBJECTS, seen=SEEN, unseen=UNSEEN, words=WORDS)
+
+
+def test_words_stand_for_names_and_cleaned_names_where_there_are_none(space, worded):
+    assert (space.words, worded.words) == ({}, WORDS)
+    assert (space.attribute_words, worded.attribute_words) == (("wet", "dry", "old"), ("wet", "dry", "aged"))
+    assert space.object_words == ("dog", "cat", "tree", "boat shoe", "car")
+    assert worded.object_words == ("dog", "cat", "tree", "deck shoe", "car")
+    assert (worded.attributes, worded.pair_names, repr(worded)) == (ATTRIBUTES, space.pair_names, repr(space))
+
+
+def test_a_name_of_both_kinds_has_one_word():
+    space = CompositionSpace(["Wool"], ["Wool", "coat"], seen=[(0, 1)], words={"Wool": "woollen"})
+    assert (space.attribute_words, space.object_words) == (("woollen",), ("woollen", "coat"))
+
+
+def test_spaces_with_other_words_differ(space, worded):
+    assert worded != space
+    assert worded == space.with_words(WORDS)
+    assert worded.with_words({}) == space
+    assert worded != space.with_words({"Old": "aged"})
+    assert worded != space.with_words({**WORDS, "Boat.Shoe": "moccasin"})
+    assert hash(worded) == hash(space.with_words(WORDS))
+
+
+def test_words_that_say_the_cleaned_name_are_none(space):
+    plain = {"Old": "old", "Boat.Shoe": "boat shoe", "cat": "cat"}
+    assert space.with_words(plain).words == {}
+    assert space.with_words(plain) == space
+    assert space.with_words({"Boat.Shoe": "Boat.Shoe"}).object_words[3] == "Boat.Shoe"
+
+
+def test_derived_spaces_pickles_and_copies_keep_the_words(worded):
+    twins = worded.subset(worded.seen_mask), worded.open_world(), pickle.loads(pickle.dumps(worded))
+    for twin in (*twins, copy.deepcopy(worded)):
+        assert twin.words == WORDS
+        assert (twin.attribute_words, twin.object_words) == (worded.attribute_words, worded.object_words)
+    assert twins[2] == worded
+    assert twins[1].subset(worded.pairs) == worded
+
+
+def test_words_of_one_space_are_its_own(space):
+    given = dict(WORDS)
+    worded = space.with_words(given)
+    given["Old"] = "ancient"
+    worded.open_world().words["Old"] = "young"
+    assert worded.words == WORDS
+    assert space.words == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (
+            {"Boat.Shoes": "deck shoe"},
+            ValueError,
+            r"of known primitives, got the unknown 'Boat.Shoes'; did you mean 'B",
+        ),
+        ({"zebra": "horse"}, ValueError, r"of known primitives, got the unknown 'zebra'$"),
+        ({3: "three"}, ValueError, "of known primitives, got the unknown 3$"),
+        ({"Old": ""}, ValueError, "to hold words, got '' for 'Old'"),
+        ({"Old": " \t"}, ValueError, r"to hold words, got ' \\t' for 'Old'"),
+        ({"Old": None}, TypeError, "to hold strings, got None for 'Old'"),
+        ([("Old", "aged")], TypeError, r"to be a mapping of names to words, got \[\('Old', 'aged'\)\]"),
+        ([], TypeError, r"to be a mapping of names to words, got \[\]"),
+        ("", TypeError, "to be a mapping of names to words, got ''"),
+    ],
+)
+def test_wrong_words_are_told(space, words, error, message):
+    with pytest.raises(error, match=f"expected `words` {message}"):
+        CompositionSpace(ATTRIBUTES, OBJECTS, seen=SEEN, words=words)
+    with pytest.raises(error, match=f"expected `words` {message}"):
+        space.with_words(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from czsl_heads.data.layout import CompositionDataset
@@ -25,7 +26,11 @@ def chance_of(dataset: CompositionDataset, split: str) -> dict[str, dict[str, An
 
 
 def at_chance(row: dict[str, Any], chance: dict[str, dict[str, Any]]) -> bool:
-    """Whether a row's accuracies in the closed world are within two standard errors of chance, or below.
+    """Whether a row of the closed world is no better than always naming the same pair.
+
+    A model that names one seen and one unseen pair has an area under its exact curve of half the product of their
+    shares. A row is at chance if its area is not above that, with two standard errors added to each share. Where there
+    are images of one kind only, their accuracy is compared alone.
 
     Args:
         row: Of a results file.
@@ -34,13 +39,16 @@ def at_chance(row: dict[str, Any], chance: dict[str, dict[str, Any]]) -> bool:
     summary = row["summary"].get("closed")
     if summary is None:
         return False
-    compared = 0
-    for kind, level in chance.items():
-        accuracy = summary["exact"][kind]["mean"]
-        if level["accuracy"] is None or accuracy is None:
-            continue
-        compared += 1
-        error = (level["accuracy"] * (1 - level["accuracy"]) / level["images"]) ** 0.5
-        if accuracy > level["accuracy"] + 2 * error:
-            return False
-    return compared > 0
+    levels = {kind: _upper(level) for kind, level in chance.items() if level["accuracy"] is not None}
+    exact = summary["exact"]
+    if len(levels) == len(chance):
+        area = exact["auc"]["mean"]
+        return area is not None and area <= math.prod(levels.values()) / 2
+    found = {kind: exact[kind]["mean"] for kind in levels}
+    return bool(found) and all(found[kind] is not None and found[kind] <= level for kind, level in levels.items())
+
+
+def _upper(level: dict[str, Any]) -> float:
+    """A share, and two binomial standard errors."""
+    share: float = level["accuracy"]
+    return share + 2 * (share * (1 - share) / level["images"]) ** 0.5

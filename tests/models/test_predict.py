@@ -8,6 +8,7 @@ from PIL import Image
 
 from czsl_heads import SparseAlignHead
 from czsl_heads.data import DataError
+from czsl_heads.data.images import as_rgb
 from czsl_heads.models import method
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Prediction, name_best
@@ -142,7 +143,7 @@ def test_texts_of_other_pairs_are_refused(csp, images):
 
 def test_tensors_pictures_paths_and_lists_agree(csp, pictures, tmp_path, monkeypatch):
     transform = csp.encoder.transform()
-    batch = torch.stack([transform(picture.convert("RGB")) for picture in pictures])
+    batch = torch.stack([transform(as_rgb(picture)) for picture in pictures])
     paths = []
     for number, picture in enumerate(pictures):
         paths.append(tmp_path / f"{number}.png")

@@ -156,8 +156,9 @@ def test_saving_changes_nothing_of_the_model(images, tmp_path):
             [("b", "d"), ("a", "c"), ("b", "c")]
         ),
         CompositionSpace(["a"], ["c", "d"], seen=[("a", "d")]),
+        CompositionSpace(["a", "b.c"], ["c", "d"], seen=[("a", "d")], words={"b.c": "brûlé", "d": "dog"}).open_world(),
     ],
-    ids=["names", "open", "order", "seen"],
+    ids=["names", "open", "order", "seen", "words"],
 )
 def test_a_label_space_comes_back_in_its_order(space):
     again = space_from_dict(json.loads(json.dumps(space_as_dict(space))))
@@ -165,6 +166,25 @@ def test_a_label_space_comes_back_in_its_order(space):
     assert torch.equal(again.pairs, space.pairs)
     assert torch.equal(again.seen_mask, space.seen_mask)
     assert again == space
+
+
+def test_words_are_written_only_where_there_are_some():
+    space = make_space()
+    assert "words" not in space_as_dict(space)
+    assert space_as_dict(space.with_words({"red": "crimson"}))["words"] == {"red": "crimson"}
+
+
+@pytest.mark.parametrize("name", ["clip", "csp"])
+def test_a_model_keeps_the_words_of_its_prompts(name, images, tmp_path):
+    worded = make_space().with_words({"Dark.Blue": "navy", "circle": "round thing"})
+    model, plain = (build(Recipe(name), space).eval() for space in (worded, make_space()))
+    model.save_pretrained(tmp_path / "model")
+    again = load(tmp_path / "model")
+    assert again.space == worded
+    assert again.space.words == worded.words
+    with torch.no_grad():
+        assert torch.equal(again.scores(images, PAIRS), model.scores(images, PAIRS))
+        assert not torch.equal(again.scores(images, PAIRS), plain.scores(images, PAIRS))
 
 
 def test_the_class_that_is_asked_must_be_that_of_the_model(images, folder, tmp_path):

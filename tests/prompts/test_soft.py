@@ -492,3 +492,15 @@ def test_switches_and_spans_are_checked(small_encoder, space):
         SoftPrompts(small_encoder, space, span="objects")
     with pytest.raises(TypeError, match="`context` to be a str, got NoneType"):
         SoftPrompts(small_encoder, space, context=None)
+
+
+@pytest.mark.parametrize("encode", ["prefix", "plain"])
+def test_words_stand_for_names(small_encoder, space, encode):
+    worded = space.with_words({"Wet": "soaking wet", "circle": "round thing"})
+    meant = CompositionSpace(["old", "soaking wet", "red"], ["dog", "round thing"], seen=space.pairs)
+    written, expected = (SoftPrompts(small_encoder, each, encode=encode) for each in (worded, meant))
+    assert torch.equal(written.primitives, expected.primitives)
+    assert not torch.equal(written.primitives, SoftPrompts(small_encoder, space).primitives)
+    for part, same in zip(written(worded), expected(meant)):
+        assert torch.equal(part, same)
+    assert torch.equal(written(worded.open_world()).pairs, expected(meant.open_world()).pairs)

@@ -54,10 +54,11 @@ def test_weights_are_tuned_on_no_other_data(small_ablation: Path, other: Path) -
 def test_changed_labels_are_refused_unless_they_are_asked_for(run: Path, other: Path) -> None:
     change(run / "results.json", lambda results: results["config"].update(data=str(other)))
     config = finished(run)[0]["config"]
-    with pytest.raises(ValueError, match=rf"expected {re.escape(str(other))} with the labels .* pass --data"):
+    with pytest.raises(ValueError, match=rf"expected {re.escape(str(other))} with the labels .* got other ones"):
         dataset_of(run, config)
-    assert dataset_of(run, config, other).root == other
-    change(run / "config.json", lambda settings: settings.pop("data_digest"))  # as in the shapes world
+    with pytest.raises(ValueError, match=r"with the labels .* got other ones; czsl evaluate scores other data"):
+        dataset_of(run, config, other)
+    change(run / "config.json", lambda settings: (settings.pop("data_digest"), settings.pop("pictures_digest")))
     assert dataset_of(run, config).root == other
 
 
