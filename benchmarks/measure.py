@@ -72,7 +72,7 @@ def _peak_on_cuda(run: Callable[[], object]) -> int:
 def _peak_on_cpu(run: Callable[[], object]) -> int:
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that are free but kept would hide what is taken from them
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts from here
     before = _resident("VmRSS")
     kept = run()
     peak = _resident("VmHWM")
@@ -81,7 +81,7 @@ def _peak_on_cpu(run: Callable[[], object]) -> int:
 
 
 def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 

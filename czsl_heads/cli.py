@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -627,6 +628,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from czsl_heads.data.images import quiet_pillow
 
     command = ""
+    if arguments is None:
+        _restart_in_utf8()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to stop
@@ -652,6 +655,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     print(f"{f'czsl {command}'.strip()}: {complaint}", file=sys.stderr)
     return 1
+
+
+def _restart_in_utf8() -> None:
+    """Start again in Python's UTF-8 mode (PEP 540) where the locale could not even name every file."""
+    if sys.flags.utf8_mode or sys.getfilesystemencoding().lower() in ("utf-8", "utf8"):
+        return
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
 
 
 def _how_to_get(error: ModuleNotFoundError) -> str:
