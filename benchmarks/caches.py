@@ -29,7 +29,7 @@ from czsl_heads.training.trainer import fitting_trainer, quiet
 SEED = 0
 
 
-def main(photos: Path, rounds: int = 3, images: int = 512) -> None:
+def main(photos: Path, rounds: int = 3, images: int = 96) -> None:
     """Time passes over pictures, and epochs.
 
     Args:

@@ -353,6 +353,10 @@ def bench(
     context: str = "a photo of",
     topk: int = 4,
     batch_size: int = 64,
+    upright: bool | None = None,
+    names: str = "published",
+    allow_untrained_primitives: bool = False,
+    allow_outside: bool = False,
     trainer: dict[str, Any] | None = None,
 ) -> int:
     """Score CLIPs zero-shot on a data set, print a table, and write bench.csv and bench.png to a folder.
@@ -368,6 +372,10 @@ def bench(
         context: The words in front of each pair.
         topk: How many tokens topk takes.
         batch_size: Images at once.
+        upright: Turn images as their EXIF orientation says; default: yes, unless it is a published set.
+        names: What prompts say of the data set's names: "published", "clean", or a file of replacements.
+        allow_untrained_primitives: Accept validation and test pairs with words that no training pair has.
+        allow_outside: Accept images outside of the data set's folder.
         trainer: Flags of lightning.Trainer: accelerator, devices, precision.
 
     Returns:
@@ -378,11 +386,18 @@ def bench(
     from czsl_heads.training.bench import bench as score
     from czsl_heads.training.bench import plot_bench
 
-    names = [name.strip() for name in encoders.split(",")]
+    tried = [name.strip() for name in encoders.split(",")]
     aligns = cast(list[Any], align.split(","))
     options: dict[str, Any] = {"split": split, "world": world, "context": context, "topk": topk}
+    dataset = read_dataset(
+        data,
+        upright=upright,
+        names=names,
+        allow_untrained_primitives=allow_untrained_primitives,
+        allow_outside=allow_outside,
+    )
     with _writable("out", out):
-        rows = score(names, read_dataset(data), out, aligns=aligns, batch_size=batch_size, trainer=trainer, **options)
+        rows = score(tried, dataset, out, aligns=aligns, batch_size=batch_size, trainer=trainer, **options)
         plot_bench(rows, out / "bench.png")
     print_bench(rows)
     print(f"wrote bench.csv and bench.png to {out}")
@@ -403,6 +418,10 @@ def gap(
     context: str | None = None,
     limit: int | None = None,
     batch_size: int = 64,
+    upright: bool | None = None,
+    names: str = "published",
+    allow_untrained_primitives: bool = False,
+    allow_outside: bool = False,
 ) -> int:
     """Measure the gap between a data set's images and texts, print all metrics, and write them with pictures.
 
@@ -420,6 +439,10 @@ def gap(
         context: With --encoder: the words in front of each pair; default: "a photo of".
         limit: Look at so many images, drawn at random; default: all.
         batch_size: Images at once.
+        upright: Turn images as their EXIF orientation says; default: yes, unless it is a published set.
+        names: What prompts say of the data set's names: "published", "clean", or a file of replacements.
+        allow_untrained_primitives: Accept validation and test pairs with words that no training pair has.
+        allow_outside: Accept images outside of the data set's folder.
 
     Returns:
         0.
@@ -438,7 +461,13 @@ def gap(
         if value is not None:
             rule = "with `run` only" if run is None else "without `run` only"
             raise ValueError(f"expected `{name}` {rule}, got {value!r}")
-    dataset = read_dataset(data)
+    dataset = read_dataset(
+        data,
+        upright=upright,
+        names=names,
+        allow_untrained_primitives=allow_untrained_primitives,
+        allow_outside=allow_outside,
+    )
     if run is None:
         encoder = encoder or "tiny"
         if told := beyond_shapes(encoder, dataset.space):

@@ -568,6 +568,31 @@ def of_gap(name: str) -> Callable[[], str]:
     return table
 
 
+def reading_facts() -> str:
+    found = benchmark("reading")
+    peak = found["peak_megabytes"]
+    return (
+        f"{found['times_bare']:.2f} times that; memory at its peak is {peak['read_dataset']} MB, of which loading takes "
+        f"{peak['bare']} MB"
+    )
+
+
+def caches_table() -> str:
+    rows = [
+        [
+            "training" if row["train"] else "evaluation",
+            str(row["workers"]),
+            *(f"{row['times_image_folder'][way]:.2f}" for way in ("ours", "ours, packed")),
+        ]
+        for row in benchmark("caches")["passes"]
+    ]
+    return markdown(["transform", "workers", "ours / ImageFolder", "ours, packed / ImageFolder"], rows)
+
+
+def caches_epoch() -> str:
+    return f"{benchmark('caches')['epochs']['share_of_time']:.2f}"
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "encoders.md": {
         "families": families_table,
@@ -622,6 +647,9 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "steps": steps_table,
         "step-parts": step_parts_table,
         "inference-parts": inference_parts_table,
+        "reading": reading_facts,
+        "caches": caches_table,
+        "caches-epoch": caches_epoch,
         "experts": of_gap("experts_table"),
         "experts-share": of_gap("experts_share"),
     },

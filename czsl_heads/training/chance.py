@@ -43,7 +43,7 @@ def at_chance(row: dict[str, Any], chance: dict[str, dict[str, Any]]) -> bool:
     exact = summary["exact"]
     if len(levels) == len(chance):
         area = exact["auc"]["mean"]
-        return area is not None and area <= math.prod(levels.values()) / 2
+        return area is not None and bool(area <= math.prod(levels.values()) / 2)
     found = {kind: exact[kind]["mean"] for kind in levels}
     return bool(found) and all(found[kind] is not None and found[kind] <= level for kind, level in levels.items())
 
@@ -51,4 +51,5 @@ def at_chance(row: dict[str, Any], chance: dict[str, dict[str, Any]]) -> bool:
 def _upper(level: dict[str, Any]) -> float:
     """A share, and two binomial standard errors."""
     share: float = level["accuracy"]
-    return share + 2 * (share * (1 - share) / level["images"]) ** 0.5
+    error: float = (share * (1 - share) / level["images"]) ** 0.5
+    return share + 2 * error
