@@ -572,7 +572,7 @@ def reading_facts() -> str:
     found = benchmark("reading")
     peak = found["peak_megabytes"]
     return (
-        f"{found['times_bare']:.2f} times that; memory at its peak is {peak['read_dataset']} MB, of which loading takes "
+        f"{found['times_bare']:.2f} times that; memory at its peak is {peak['read_dataset']} MB; loading alone takes "
         f"{peak['bare']} MB"
     )
 

@@ -365,7 +365,7 @@ def test_the_page_and_the_weights_find_data_that_was_moved(
     results["config"]["data"] = str(tmp_path / "gone")
     path.write_text(json.dumps(results), encoding="utf-8")
     assert main(["report", str(run), "--images", "1"]) == 1
-    assert "expected the folder of a data set, got nothing" in capsys.readouterr().err
+    assert "got nothing; pass --data if it was moved" in capsys.readouterr().err
     assert main(["report", str(run), "--images", "1", "--data", str(moved)]) == 0
     assert main(["tune", str(run), "--data", str(moved)]) == 0
 
