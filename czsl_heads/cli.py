@@ -330,7 +330,7 @@ def _images_of(images: list[Path], run: Path, data: Path) -> list[Path]:
 
     results, _ = _finished(run)
     dataset_of(run, results["config"], data)
-    files = ImageFiles(data)
+    files = ImageFiles(data, allow_outside=bool(results["config"].get("allow_outside")))
     found: list[Path] = []
     for image in images:
         inside = None if image.exists() else files.find({"image": str(image)})

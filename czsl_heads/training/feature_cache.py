@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import PIL
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor, nn
@@ -90,7 +91,15 @@ def evaluation_images(
 
     device = method.encoder.logit_scale.device
     dtype = next(method.parameters()).dtype
-    about = [precision, dtype, device.type, torch.__version__, batch_size, getattr(method.encoder, "dense", "none")]
+    about: list[Any] = [
+        precision,
+        dtype,
+        device.type,
+        torch.__version__,
+        batch_size,
+        getattr(method.encoder, "dense", "none"),
+    ]
+    about += [PIL.__version__, images.upright]
     about += [_ADDRESS.sub("", repr(part)) for part in parts]
     about.append(identity(method.encoder, inner.encoder_digest))
     loader = eval_loader(images, batch_size, workers=workers)

@@ -46,6 +46,8 @@ def test_what_decides_the_tokens_names_the_file(cached):
     images_of(cached, model, precision="bf16-mixed")
     images_of(cached, build(Recipe("csp", dense="value"), cached.space))
     assert len(tokens_files(cached)) == 4
+    images_of(replace(cached, upright=False), model)
+    assert len(tokens_files(cached)) == 5
 
 
 def test_a_clip_that_is_trained_is_not_kept(cached):
