@@ -59,7 +59,8 @@ def dataset_of(run: Path, config: dict[str, Any], data: Path | None = None) -> C
     folder = Path(run / "shapes" if config["shapes"] else config["data"]) if data is None else data
     if data is None and not folder.exists():
         raise DataError(f"{folder}: expected the data set of {run}, got nothing; pass --data if it was moved")
-    dataset = read_dataset(folder, **reading_of(config))
+    # The words of prompts were written down: a file of them may be gone, or another by now.
+    dataset = read_dataset(folder, **{**reading_of(config), "names": "published"})
     recorded = read_json(run / CONFIG)
     if recorded.get("data_digest", labels_digest(dataset.root)) != labels_digest(dataset.root):
         raise ValueError(
@@ -69,7 +70,7 @@ def dataset_of(run: Path, config: dict[str, Any], data: Path | None = None) -> C
     pictures = recorded.get("pictures_digest")
     if pictures is not None and pictures != pictures_digest(dataset, pictures.partition(":")[0]):
         raise ValueError(f"expected {dataset.root} with the pictures that {run} was trained on, got other ones")
-    return dataset
+    return replace(dataset, space=dataset.space.with_words(recorded.get("words", {})))
 
 
 def one_device(trainer: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def evaluate(
             raise ValueError(f"expected `rows` whose models are kept, got {key}, of which only the shorter budget's is")
     config = _changed(results, data, {"world": world, "feasibility": feasibility, "masking": masking}, trainer)
     wanted = [row for row in config.rows if row.key in (rows or budgets.keys() - left_out)]
-    reading = reading_of(results["config"])
+    reading = {**reading_of(results["config"]), "names": "published"}  # words are those of the models
     own = dataset_of(run, results["config"]) if data is None else read_dataset(data, **reading)
     dataset = known_words(own, run / f"seed{config.seeds[0]}" / wanted[0].model.folder)
     open_world = None

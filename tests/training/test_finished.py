@@ -142,3 +142,11 @@ def test_the_open_world_of_a_folder_without_one_is_the_encoders(small_ablation: 
     assert (found["world"], found["feasibility"], found["masking"]) == ("open", "encoder", "clean")
     with pytest.raises(ValueError, match=r'`masking` with world="open" only'):
         evaluate(small_ablation, masking="official")
+
+
+def test_the_words_of_prompts_are_those_that_were_written_down(run: Path) -> None:
+    config = finished(run)[0]["config"]
+    assert dataset_of(run, config).space.words == {}
+    change(run / "config.json", lambda settings: settings.update(words={"red": "crimson"}))
+    dataset = dataset_of(run, {**config, "names": "gone.csv"})
+    assert dataset.space.words == {"red": "crimson"}
