@@ -2,30 +2,138 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
+import socket
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # Lists of numbers, and lists of those (the points of a curve), which indentation would give a line each.
 _NUMBERS = r"\[[\s\d.,eE+-]+\]"
 _PLAIN_LIST = re.compile(rf"{_NUMBERS}|\[\s*{_NUMBERS}(,\s*{_NUMBERS})*\s*\]")
 
 
+# Of unfinished files and folders: the machine and the process that write them tell whether they still do.
+_UNFINISHED = ".unfinished"
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; it takes the place of ``path`` if the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    """Give a temporary path beside ``path``; it takes the place of ``path`` if the block ends well.
+
+    What is written reaches the disk before it takes that place. What a killed process left beside it is removed.
+
+    Raises:
+        OSError: It cannot be written; the error names ``path``.
+    """
+    temporary = _unfinished(path)
+    with _naming(path, temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(path.parent)
+        try:
+            yield temporary
+            _settle(temporary)
+            temporary.replace(path)
+            _settle(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder beside ``path``; it becomes ``path``, which is new or empty, if the block ends well.
+
+    Raises:
+        OSError: ``path`` holds something, or cannot be written.
+    """
+    temporary = _unfinished(path)
     try:
-        yield temporary
-        temporary.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(path.parent)
+        temporary.mkdir()
+    except OSError as error:
+        raise OSError(f"expected `out` to be a folder that can be written, got {path} ({error.strerror})") from error
+    try:
+        with _naming(path, temporary):
+            yield temporary
+            if path.exists():
+                path.rmdir()
+            temporary.rename(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what processes of this machine that are no more left in a folder, half written."""
+    prefix = f"{_UNFINISHED}-{_host()}-"
+    for name in os.listdir(folder):
+        if not name.startswith(prefix):
+            continue
+        pid = name.removeprefix(prefix).partition("-")[0]
+        if pid.isdecimal() and not is_running(int(pid)):
+            _remove(folder / name)
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process of that number."""
+    if os.name == "nt":
+        return True  # os.kill would end it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # of another user
+    return True
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:40]
+
+
+def _unfinished(path: Path) -> Path:
+    """Where a process writes what will be ``path``; short, for names of files may not be longer than 255 bytes."""
+    number = zlib.crc32(os.fsencode(path.name))
+    return path.with_name(f"{_UNFINISHED}-{_host()}-{os.getpid()}-{number:08x}{path.suffix[:20]}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _settle(path: Path) -> None:
+    """Let what was written to a file or folder reach the disk, where the system can be asked for it."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems have no such call
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: Path, temporary: Path) -> Iterator[None]:
+    """Errors that name no file, as those of a full disk, or that name the temporary one, name this path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, os.fspath(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -35,12 +143,21 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> Any:
     """Write ``content`` and return it as a reader will find it (tuples have become lists)."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(content, indent=2, ensure_ascii=not _is_unicode(content), allow_nan=False)
     read = json.loads(text)
     compact = _PLAIN_LIST.sub(lambda found: " ".join(found[0].split()), text)
     # A string that looks like a list of numbers stays as it is.
     write_text(path, (compact if json.loads(compact) == read else text) + "\n")
     return read
+
+
+def _is_unicode(content: Any) -> bool:
+    """Whether all strings can be written as UTF-8; a path of other bytes cannot."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json(path: Path) -> Any:
@@ -49,6 +166,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"expected JSON in {path}, got another or a damaged file ({error})") from error
+
+
+def save_figure(figure: Any, target: Path | IO[bytes], *, dpi: int = 130) -> None:
+    """Write a figure of matplotlib as PNG to a path, or into an open file."""
+    if not isinstance(target, Path):
+        figure.savefig(target, dpi=dpi, format="png")
+        return
+    with whole_file(target) as temporary:
+        figure.savefig(temporary, dpi=dpi)
 
 
 def plain(content: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -169,7 +170,7 @@ def evaluate(
     Returns:
         0.
     """
-    from czsl_heads._files import write_json
+    from czsl_heads._sealed import write_sealed
     from czsl_heads.report.table import print_results
     from czsl_heads.training.finished import evaluate as score_again
     from czsl_heads.training.trainer import is_main_process
@@ -181,7 +182,7 @@ def evaluate(
     print_results(results)
     if out is not None:
         with _writable("out", out):
-            write_json(out, results)
+            write_sealed(out, results)
         print(f"wrote {out}")
     return 0
 
@@ -588,6 +589,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="czsl", description="Compositional zero-shot learning on any CLIP.", version=__version__
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subcommands(required=True)
     shapes = ArgumentParser(description="Write a shapes data set to disk, in the field's own layout.")
     shapes.add_function_arguments(make_dataset)
@@ -653,7 +655,11 @@ _ADD = "vac: a condenser behind the method; --add vac --add bank: a memory bank 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; errors of input end in one line on stderr and exit status 1 (usage: 2; interrupted: 130)."""
+    """Run the command; an error ends in one line on stderr and exit status 1 (usage: 2; interrupted: 130).
+
+    ``--debug``, anywhere among the arguments, shows the traceback, too.
+    """
+    from czsl_heads._complaints import complaint
     from czsl_heads.data.images import quiet_pillow
 
     command = ""
@@ -663,9 +669,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to stop
     quiet_pillow()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in given
     try:
-        given = sys.argv[1:] if arguments is None else list(arguments)
-        parsed = _parser().parse_args([_DOTTED.sub(_one_level, argument) for argument in given])
+        parsed = _parser().parse_args([_DOTTED.sub(_one_level, each) for each in given if each != "--debug"])
         command = parsed.subcommand
         values = parsed[command].as_dict()
         values.pop("config", None)
@@ -673,17 +680,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             values["options"] = {name.replace("/", "."): value for name, value in values["options"].items()}
         if values.get("add", ()) is None:
             del values["add"]
-        return _COMMANDS[command](**values)
-    except ModuleNotFoundError as error:
-        complaint = _how_to_get(error)
-    except (ValueError, TypeError, OSError) as error:
-        complaint = str(error)
+        status = _COMMANDS[command](**values)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        _leave_pipe()
+        return 1
     except KeyboardInterrupt:
         hint = "; the same command resumes it" if command in _RESUMED else ""
         print(f"\n{f'czsl {command}'.strip()}: interrupted{hint}", file=sys.stderr)
         return 130
-    print(f"{f'czsl {command}'.strip()}: {complaint}", file=sys.stderr)
-    return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"{f'czsl {command}'.strip()}: {complaint(error, command)}", file=sys.stderr)
+        return 1
+
+
+def _leave_pipe() -> None:
+    """Whoever read the output has gone: Python would complain once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _restart_in_utf8() -> None:
@@ -692,16 +708,6 @@ def _restart_in_utf8() -> None:
         return
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
-
-
-def _how_to_get(error: ModuleNotFoundError) -> str:
-    """Which extra brings a package that is missing."""
-    said = str(error)
-    if said.startswith("expected"):  # who needs it has said so
-        return said
-    package = (error.name or said).partition(".")[0]
-    extra = package if package == "transformers" else "train"
-    return f"expected the package {package}, got none: pip install 'czsl-heads[{extra}]'"
 
 
 if __name__ == "__main__":

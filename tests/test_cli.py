@@ -17,10 +17,11 @@ from PIL import Image
 
 import czsl_heads
 from czsl_heads import cli
+from czsl_heads._sealed import write_sealed
 from czsl_heads.cli import main
 from czsl_heads.data import images
 from czsl_heads.models.recipe import new_bank
-from czsl_heads.models.saved import SCHEMA, load_model, save_model
+from czsl_heads.models.saved import RECORD, SCHEMA, load_model, save_model
 from czsl_heads.training.config import configure_model
 
 pytestmark = pytest.mark.engine
@@ -176,6 +177,7 @@ def smaller_world(small_ablation: Path, tmp_path: Path) -> Path:
     model.method.space = model.space.subset(pairs)
     model.bank = new_bank(model.space, model.encoder, model.recipe.bank)
     save_model(model, path)
+    (path / RECORD).unlink()  # which says what the files held before
     return run
 
 
@@ -268,7 +270,7 @@ def test_an_evaluation_and_tuned_weights_are_told_by_one_process(
     path = run / "results.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     results["config"]["trainer"]["strategy"] = "nope"  # of the training: scoring takes one device
-    path.write_text(json.dumps(results), encoding="utf-8")
+    write_sealed(path, results)
     for module in ("trainer", "tune"):
         monkeypatch.setattr(f"czsl_heads.training.{module}.is_main_process", lambda: False)
     more = ["--out", str(found)] if command == "evaluate" else []
@@ -363,7 +365,7 @@ def test_the_page_and_the_weights_find_data_that_was_moved(
     path = run / "results.json"
     results = json.loads(path.read_text(encoding="utf-8"))
     results["config"]["data"] = str(tmp_path / "gone")
-    path.write_text(json.dumps(results), encoding="utf-8")
+    write_sealed(path, results)
     assert main(["report", str(run), "--images", "1"]) == 1
     assert "got nothing; pass --data if it was moved" in capsys.readouterr().err
     assert main(["report", str(run), "--images", "1", "--data", str(moved)]) == 0
@@ -376,7 +378,7 @@ def test_a_method_without_a_bank_has_no_weights_to_tune(small_ablation: Path, tm
     shutil.copy(small_ablation / "config.json", run)
     results = json.loads((small_ablation / "results.json").read_text(encoding="utf-8"))
     results["rows"] = results["rows"][:4]
-    (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    write_sealed(run / "results.json", results)
     assert main(["tune", str(run)]) == 1
     assert "expected `run` with a memory bank (--add vac --add bank)" in capsys.readouterr().err
 

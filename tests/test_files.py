@@ -63,7 +63,7 @@ def text_calls_without_encoding(source: str) -> list[int]:
         if (
             name in TEXT_CALLS
             and not ours
-            and owner not in ("Image", "gzip")
+            and owner not in ("Image", "gzip", "os")
             and not binary
             and "encoding" not in named
         ):

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"czsl_heads._checks", "czsl_heads._files", "czsl_heads._numbers"},
+    {"czsl_heads._complaints", "czsl_heads._sealed"},
     {"czsl_heads.space", "czsl_heads.functional"},
     {"czsl_heads.heads", "czsl_heads.metrics", "czsl_heads.encoders"},
     {"czsl_heads.adapters", "czsl_heads.prompts", "czsl_heads.data"},

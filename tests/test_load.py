@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from czsl_heads import load
-from czsl_heads._files import read_json, write_json
+from czsl_heads._files import read_json
 from czsl_heads._numbers import percent
+from czsl_heads._sealed import write_sealed
 from czsl_heads.models.saved import check_encoder
 
 pytestmark = pytest.mark.engine
@@ -65,7 +66,7 @@ def test_a_row_that_ranks_otherwise_than_its_model_is_refused(small_ablation: Pa
     shutil.copytree(small_ablation, run, ignore=shutil.ignore_patterns("checkpoints", "logs", "tensorboard"))
     results = read_json(run / "results.json")
     results["rows"][0]["readout"]["probabilities"] = True
-    write_json(run / "results.json", results)
+    write_sealed(run / "results.json", results)
     with pytest.raises(ValueError, match="expected `row` that ranks as its model does, got 1, which ranks by prob"):
         load(run, row="1")
 
@@ -90,6 +91,7 @@ def test_a_condenser_is_not_trained_behind_a_method_of_another_clip(small_ablati
     folder = tmp_path / "max"
     shutil.copytree(small_ablation / "seed0" / "max", folder, ignore=shutil.ignore_patterns("checkpoints", "logs"))
     content = read_json(folder / "config.json")
-    write_json(folder / "config.json", {**content, "encoder_digest": "0" * 64})
+    write_sealed(folder / "config.json", {**content, "encoder_digest": "0" * 64})
+    (folder / "training.json").unlink()  # which has the digest of the other one
     with pytest.raises(ValueError, match=r"expected the encoder 'tiny' that .*max was trained on, got one of other"):
         check_encoder(load(small_ablation), folder)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from czsl_heads._checks import check_choice, check_kind
-from czsl_heads._files import native, write_json
+from czsl_heads._files import native, whole_folder, write_json
 from czsl_heads.data.files import IMPORT
 from czsl_heads.data.images import DataError
 from czsl_heads.data.layout import ABSENT, SPLITS, write_metadata
@@ -132,17 +131,8 @@ def import_dataset(
     source, out = Path(native(os.fspath(source))), Path(native(os.fspath(out)))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"expected `out` to be a new or empty folder, got {out}, which holds something")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        made = _import(source, folder, _Wanted(case, copy, link, ignore_split), out)
-        folder.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return made
+    with whole_folder(out) as folder:
+        return _import(source, folder, _Wanted(case, copy, link, ignore_split), out)
 
 
 class _Wanted(NamedTuple):

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from filelock import FileLock
 from numpy.lib.format import open_memmap
 from PIL import Image
 
+from czsl_heads._files import whole_file
+from czsl_heads._sealed import DamagedError, file_sha256, read_sealed, write_sealed
 from czsl_heads.data.digest import file_digest
 from czsl_heads.data.layout import ImageSplit
 from czsl_heads.encoders.transforms import split_transform
@@ -96,7 +99,8 @@ def built_once(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
     """A file of a folder of caches, built if it is not there, by one process at a time.
 
     It appears whole or not at all: what was killed in the middle leaves a temporary file, which the next one removes. A
-    file that is shorter than its head says is built anew.
+    small file beside it holds its digest, and its size and times when it had that: where these differ, its bytes are
+    read again, and a file that was damaged is built anew.
 
     Args:
         folder: The folder.
@@ -107,13 +111,13 @@ def built_once(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
         OSError: ``folder`` cannot be written.
     """
     path = folder / name
-    if _whole(path):
+    if _is_whole(path):
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{name}.lock")
         with lock:  # the system lets go of it when a process dies
-            if not _whole(path):
+            if not _is_whole(path):
                 _build(path, build)
     except OSError as error:
         raise OSError(
@@ -122,26 +126,53 @@ def built_once(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
     return path
 
 
+def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """A memory-mapped ``.npy`` file, whose place on the disk is taken at once: a full one would kill the process later.
+
+    Raises:
+        OSError: The disk has no room.
+    """
+    array = open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, os.stat(path).st_size)
+    return array
+
+
 def _build(path: Path, build: Callable[[Path], None]) -> None:
-    for left in path.parent.glob(f".{path.stem}-*"):
-        left.unlink()
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}.npy")
-    try:
+    _seal_of(path).unlink(missing_ok=True)
+    with whole_file(path) as temporary:
         build(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        digest = file_sha256(temporary)
+    write_sealed(_seal_of(path), {"digest": digest, "stat": _stat(path)})
 
 
-def _whole(path: Path) -> bool:
-    """Whether a file is there, and as long as its head says."""
+def _seal_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there, and as it was built; one of an earlier version, or of a process that was killed, is not.
+
+    Bytes are read only where size or times are not those of the last look.
+    """
     try:
-        np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
+        known = read_sealed(_seal_of(path), ("digest", "stat"))
+        stat = _stat(path)
+        if stat == known["stat"]:
+            return True
+        if file_sha256(path) != known["digest"]:
+            return False
+    except (OSError, DamagedError):
         return False
+    with suppress(OSError):  # of a folder that may only be read
+        write_sealed(_seal_of(path), {**known, "stat": stat})
     return True
+
+
+def _stat(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _pack(images: ImageSplit, geometry: Callable[[Any], Any], path: Path) -> None:
@@ -149,7 +180,7 @@ def _pack(images: ImageSplit, geometry: Callable[[Any], Any], path: Path) -> Non
         return np.asarray(geometry(images.picture(number)).convert("RGB"))
 
     first = picture(0)
-    pixels = open_memmap(path, "w+", np.uint8, (len(images), *first.shape))
+    pixels = new_array(path, np.uint8, (len(images), *first.shape))
 
     def write(number: int) -> None:
         pixels[number] = picture(number)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from czsl_heads._checks import check_range
+from czsl_heads._files import whole_folder
 from czsl_heads.data.drawing import ATTRIBUTES, OBJECTS, compose, render
 from czsl_heads.data.layout import SPLIT_NAME, write_metadata
 from czsl_heads.space import CompositionSpace
@@ -160,20 +159,8 @@ def make_shapes(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"expected `out` to be a new or empty folder, got {out}, which holds something")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    except OSError as error:
-        raise OSError(f"expected `out` to be a folder that can be written, got {out} ({error.strerror})") from error
-    try:
-        building.chmod(0o755)  # mkdtemp's 0700 would lock out whoever shares the data
+    with whole_folder(out) as building:
         _write(building, spec)
-        if out.exists():
-            out.rmdir()
-        building.rename(out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return out
 
 

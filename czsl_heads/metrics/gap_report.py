@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from czsl_heads._files import whole_file
+from czsl_heads._files import save_figure
 from czsl_heads.functional.gap import instance_distance, modality_distance, relative_modality_gap
 from czsl_heads.functional.gap_losses import alignment_loss, contrastive_loss
 from czsl_heads.functional.spectrum import effective_rank, explained_variance
@@ -45,7 +45,7 @@ class GapReport:
         spread = {name: [round(share, 6) for share in shares] for name, shares in self.explained_variance.items()}
         return {**self.numbers, "explained_variance": spread, "plane_share": list(self.plane_share)}
 
-    def plot(self, path: str | PathLike[str], *, title: str = "") -> None:
+    def plot(self, path: str | PathLike[str] | IO[bytes], *, title: str = "") -> None:
         """Draw the plane, and beside it what the components explain, to an image file; needs matplotlib."""
         from matplotlib.figure import Figure
 
@@ -59,8 +59,7 @@ class GapReport:
         spread.grid(alpha=0.3)
         spread.legend(frameon=False, loc="lower right")
         figure.suptitle(title, fontsize=10)
-        with whole_file(Path(path)) as temporary:
-            figure.savefig(temporary, dpi=130)
+        save_figure(figure, Path(path) if isinstance(path, (str, PathLike)) else path, dpi=130)
 
     def _draw_plane(self, axis: Any) -> None:
         drawn = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(0))[:_DRAWN]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from czsl_heads._checks import check_choice
-from czsl_heads._files import read_json, whole_file, write_json, write_text
+from czsl_heads._files import read_json, whole_file, write_text
+from czsl_heads._sealed import DamagedError, check_files, file_sha256, read_sealed, write_sealed
 from czsl_heads.encoders.digest import differs, identity
 from czsl_heads.encoders.names import absolute
 from czsl_heads.models.card import NUMBERS, model_card
@@ -25,6 +26,7 @@ from czsl_heads.models.recipe import OF_CONDENSED, Recipe, build, check_wrapped,
 from czsl_heads.space import CompositionSpace
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+RECORD = "training.json"  # of a model that a command trained
 RESULTS = "results.json"  # of a command that trained one or more models
 SCHEMA = 2  # of that file
 _KEPT = {"recipe", "encoder_digest", "label_space", "record"}  # what a configuration holds of a model
@@ -76,16 +78,16 @@ def save_model(model: Method, folder: Path) -> None:
     check_built(model)
     assert model.recipe is not None
     recipe = replace(model.recipe, encoder=absolute(model.recipe.encoder))  # the folder is used from other places, too
+    write_tensors(folder / WEIGHTS, learned_tensors(model))
     content = {
         "czsl_heads": version("czsl-heads"),
         "recipe": recipe.as_dict(),
         **identity(model.encoder, model.encoder_digest),
         "label_space": space_as_dict(model.space),
         "record": model.record,
+        "files": {WEIGHTS: file_sha256(folder / WEIGHTS)},
     }
-    with whole_file(folder / WEIGHTS) as path:
-        save_file(learned_tensors(model), path)
-    write_json(folder / CONFIG, content)
+    write_sealed(folder / CONFIG, content)
     write_text(folder / CARD, model_card(model))
 
 
@@ -117,13 +119,7 @@ def _check_same(name: str, wanted: Any, got: Any) -> None:
 
 def load_model(folder: Path) -> Method:
     """The model of one folder, in eval mode. Errors as :func:`load`."""
-    try:
-        content = read_json(folder / CONFIG)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"expected `folder` of a trained model, got {folder} ({error})") from error
-    if not isinstance(content, dict) or not content.keys() >= _KEPT:
-        raise ValueError(f"expected `folder` of a finished training, got {folder}, whose {CONFIG} holds no model")
-
+    content = read_saved(folder)
     try:
         space = space_from_dict(content["label_space"])
         model = build(from_plain(Recipe, content["recipe"], "recipe"), space)
@@ -135,9 +131,30 @@ def load_model(folder: Path) -> Method:
     return model.eval()
 
 
+def read_saved(folder: Path) -> dict[str, Any]:
+    """The configuration of a saved model, whose files are as they were written.
+
+    Raises:
+        ValueError: There is none, or a file is damaged.
+    """
+    try:
+        content = read_sealed(folder / CONFIG)
+        if not content.keys() >= _KEPT:
+            raise ValueError(f"expected `folder` of a finished training, got {folder}, whose {CONFIG} holds no model")
+        check_files(folder, content.get("files", {}))
+        if (folder / RECORD).is_file():
+            check_files(folder, read_sealed(folder / RECORD).get("files", {}))
+    except DamagedError as error:
+        way_out = "the czsl command of its run, given again" if (folder / RECORD).exists() else "another copy"
+        raise DamagedError(f"expected `folder` of a trained model, got {folder} ({error}); {way_out} has it") from error
+    except OSError as error:
+        raise ValueError(f"expected `folder` of a trained model, got {folder} ({error})") from error
+    return content
+
+
 def check_encoder(model: Method, folder: Path) -> None:
     """Raise ValueError unless a model has the CLIP, to the bit, that the model of a folder was trained on."""
-    content = read_json(folder / CONFIG)
+    content = read_saved(folder)
     found = identity(model.encoder, model.encoder_digest)
     if told := differs(content, found):
         name = content["recipe"]["encoder"]
@@ -152,7 +169,7 @@ def load_learned(model: Method, path: Path) -> None:
     Raises:
         ValueError: The file is missing or damaged, or has other names or shapes than the model.
     """
-    found = _tensors(path)
+    found = read_tensors(path)
     bank = {name.removeprefix(_BANK): found.pop(name) for name in _of_bank(model, found)}
     shapes = {name: tensor.shape for name, tensor in found.items()}
     state = model.state_dict()
@@ -171,6 +188,23 @@ def load_learned(model: Method, path: Path) -> None:
         model.bank = memory
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors; errors of a full disk are OSError, as of other files."""
+    content = save(dict(tensors))
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """What :func:`write_tensors` wrote; DamagedError where it is gone or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise DamagedError(f"expected tensors of a model in {path}, got no such file") from error
+    except SafetensorError as error:
+        raise DamagedError(f"expected tensors of a model in {path}, got a damaged file ({error})") from error
+
+
 def learned_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What :func:`load_learned` reads, on the CPU."""
     state = model.state_dict()
@@ -184,12 +218,31 @@ def _of_bank(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """The results of a command; ValueError names a file of another version."""
-    results = read_json(folder / RESULTS)
-    found = results.get("schema") if isinstance(results, dict) else None
+    """The results of a command.
+
+    Raises:
+        ValueError: The file is of another version, or damaged.
+    """
+    path = folder / RESULTS
+    try:
+        _check_schema(path)
+        return read_sealed(path, _RESULTS)
+    except DamagedError as error:
+        raise DamagedError(f"{error}; the czsl command of {folder}, given again, writes it anew") from error
+
+
+def _check_schema(path: Path) -> None:
+    """Raise ValueError for a file of another version, whose digest may be another, too."""
+    try:
+        results = read_json(path)
+    except ValueError:
+        return  # damaged, which is for others to say
+    found = results.get("schema") if isinstance(results, dict) else SCHEMA
     if found != SCHEMA:
-        raise ValueError(f"expected {folder / RESULTS} of schema {SCHEMA}, got schema {found}")
-    return results  # type: ignore[no-any-return]
+        raise ValueError(f"expected {path} of schema {SCHEMA}, got schema {found}")
+
+
+_RESULTS = ("config", "sources", "data", "rows", "comparisons", "studies", "shown", "baseline")
 
 
 def _load_row(folder: Path, row: str | None, seed: int | None) -> Method:
@@ -223,15 +276,6 @@ def _load_row(folder: Path, row: str | None, seed: int | None) -> Method:
     }
     model.record = {**model.record, "row": row, "seeds": seeds, "test": test, "table": table}
     return model
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise ValueError(f"expected tensors of a model in {path}, got no such file") from error
-    except SafetensorError as error:
-        raise ValueError(f"expected tensors of a model in {path}, got a damaged file ({error})") from error
 
 
 def space_as_dict(space: CompositionSpace) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from czsl_heads._files import whole_file
+from czsl_heads._files import save_figure
 from czsl_heads._numbers import percent
 from czsl_heads.report.table import worlds_of
 
 
-def plot_curves(results: dict[str, Any], path: Path) -> None:
+def plot_curves(results: dict[str, Any], path: Path | IO[bytes]) -> None:
     """Draw the exact curve of every row and seed, and the standard protocol's points on it, closed and open world."""
     from matplotlib.figure import Figure
 
@@ -34,8 +34,7 @@ def plot_curves(results: dict[str, Any], path: Path) -> None:
         axis.legend(loc="lower left", frameon=False, title="exact AUC, %")
     axes[0].set_ylabel("accuracy on seen pairs (%)")
     figure.suptitle("Bias sweep: exact curves, and the points of the standard protocol")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def _drawn(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -49,7 +48,7 @@ def _points(curve: list[list[float | None]]) -> tuple[list[float], list[float]]:
     return unseen, seen
 
 
-def plot_feasibility(results: dict[str, Any], path: Path) -> None:
+def plot_feasibility(results: dict[str, Any], path: Path | IO[bytes]) -> None:
     """Draw validation AUC against the threshold of feasibility by row and seed, and how many pairs a threshold keeps.
 
     The AUC without feasibility is a horizontal line, and the threshold that was taken a dot.
@@ -74,11 +73,10 @@ def plot_feasibility(results: dict[str, Any], path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.suptitle("Feasibility of unseen pairs: the threshold, searched on validation images")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
-def plot_study(study: dict[str, Any], path: Path) -> None:
+def plot_study(study: dict[str, Any], path: Path | IO[bytes]) -> None:
     """Draw AUC (closed and open world) and modality gap against what the study varies, a line a series."""
     from matplotlib.figure import Figure
 
@@ -103,8 +101,7 @@ def plot_study(study: dict[str, Any], path: Path) -> None:
         if isinstance(study["points"][0]["value"], str):
             axis.tick_params(axis="x", rotation=45)
     figure.suptitle(study["title"])
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def _line(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from czsl_heads._files import whole_file
+from czsl_heads._files import save_figure
 from czsl_heads.encoders.dense import Dense
 from czsl_heads.report.maps import TokenMap
 
@@ -118,5 +118,4 @@ def save_strip(title: str, strip: list[Panel], path: Path) -> None:
         axis.set_xlabel(panel.note.replace(": ", ":\n"), fontsize=8)
         axis.set(xticks=[], yticks=[])
     figure.suptitle(title, fontsize=10, parse_math=False)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(figure, path, dpi=130)

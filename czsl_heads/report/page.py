@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import tempfile
 from collections.abc import Callable
 from importlib.resources import files
+from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import IO, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -238,12 +238,11 @@ def _card(image: Examined, crop: Callable[[Any], Any], keys: tuple[str, str]) ->
     return image, shown
 
 
-def _plotted(plot: Callable[[dict[str, Any], Path], None], content: dict[str, Any]) -> str:
-    """The address of a plot that only knows how to write files."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "plot.png"
-        plot(content, path)
-        return png_uri(path.read_bytes())
+def _plotted(plot: Callable[[dict[str, Any], IO[bytes]], None], content: dict[str, Any]) -> str:
+    """The address of a plot."""
+    picture = BytesIO()
+    plot(content, picture)
+    return png_uri(picture.getvalue())
 
 
 def _routing(model: Method, dataset: CompositionDataset) -> str | None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from czsl_heads._files import whole_file
+from czsl_heads._files import save_figure
 from czsl_heads.adapters.experts import mixtures_of, watch_routing
 from czsl_heads.encoders.blocks import BlockParts
 from czsl_heads.encoders.protocol import Tower
@@ -90,7 +90,7 @@ def _at(model: Method, calls: list[list[Tensor]], call: int, batch: int, *, towe
     return torch.stack(found)
 
 
-def plot_routing(routing: Routing, path: Path) -> None:
+def plot_routing(routing: Routing, path: Path | IO[bytes]) -> None:
     """Draw the shares: words by expert, and the load of the experts in each block of both towers."""
     from matplotlib.figure import Figure
 
@@ -110,5 +110,4 @@ def plot_routing(routing: Routing, path: Path) -> None:
         axis.set(title=f"load of all tokens, {tower} tower", xlabel="routed expert", ylabel="block")
         axis.set_yticks(range(len(loads)))
     figure.colorbar(image, ax=figure.axes, shrink=0.6, label="share of the gates")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    save_figure(figure, path, dpi=110)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from czsl_heads._files import whole_file
+from czsl_heads._files import save_figure
 
 VECTORS = {
     "cls": "cls: [CLS] stands for the image",
@@ -16,7 +16,7 @@ VECTORS = {
 MARKERS = "osD^vPX*"
 
 
-def plot_gap(results: dict[str, Any], path: Path) -> None:
+def plot_gap(results: dict[str, Any], path: Path | IO[bytes]) -> None:
     """Draw the AUC of every row and seed against its modality gap, a panel for each vector that stands for an image."""
     from matplotlib.figure import Figure
 
@@ -30,8 +30,7 @@ def plot_gap(results: dict[str, Any], path: Path) -> None:
         axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def _points(by_seed: list[dict[str, Any]], vector: str) -> tuple[list[float], list[float]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,18 +11,20 @@ from typing import Any
 
 import torch
 
-from czsl_heads._files import plain, write_json
+from czsl_heads._files import plain
+from czsl_heads._sealed import DamagedError, read_sealed, write_sealed
 from czsl_heads.data.digest import labels_digest
 from czsl_heads.data.layout import CompositionDataset
-from czsl_heads.models.saved import RESULTS, SCHEMA, read_results
+from czsl_heads.models.saved import RECORD, RESULTS, SCHEMA, read_results
 from czsl_heads.training.chance import at_chance, chance_of
 from czsl_heads.training.config import Config
 from czsl_heads.training.folder import open_folder, wanted_rows
+from czsl_heads.training.holder import Holder
 from czsl_heads.training.open_world import OpenWorld, kept_open_world
-from czsl_heads.training.rows import Readout, Row, Table, Trained
+from czsl_heads.training.rows import STUDIES, Readout, Row, Table, Trained
 from czsl_heads.training.summary import differences_of, numbers_of, spread, summary_of
 from czsl_heads.training.train import train_model
-from czsl_heads.training.trainer import is_main_process
+from czsl_heads.training.trainer import is_main_process, say
 
 
 def run_ablation(out: Path, config: Config) -> dict[str, Any]:
@@ -40,7 +41,12 @@ def run_ablation(out: Path, config: Config) -> dict[str, Any]:
         ValueError, OSError: As :func:`czsl_heads.training.folder.open_folder`, before anything is written.
         KeyboardInterrupt: Interrupted; calling again resumes.
     """
-    dataset = open_folder(out, config)
+    with Holder(out) as holder:
+        return _completed(out, config, open_folder(out, config, holder))
+
+
+def _completed(out: Path, config: Config, dataset: CompositionDataset) -> dict[str, Any]:
+    """Everything that a command asks for in a folder that it holds."""
     config = _extended(out, config)
     work = _Work(out, dataset, config)
     records = [work.done(seed) for seed in config.seeds]
@@ -61,7 +67,7 @@ def run_ablation(out: Path, config: Config) -> dict[str, Any]:
         "studies": {name: _study_results(name, config, records) for name in config.studies},
     }
     if is_main_process():
-        results = write_json(out / RESULTS, results)
+        results = write_sealed(out / RESULTS, results)
     return results
 
 
@@ -69,11 +75,42 @@ def _extended(out: Path, config: Config) -> Config:
     """With the seeds, studies and additions that were asked for before, too."""
     if not (out / RESULTS).exists():
         return config
-    before = read_results(out)
+    try:
+        results = read_results(out)
+        before = results["config"] | {"studies": [*results["studies"]]}
+    except DamagedError as error:
+        say(f"{error}: from the records of its models")
+        before = _recorded(out, config)
     studies = list(dict.fromkeys([*before["studies"], *config.studies]))
-    added = dict.fromkeys([*before["config"]["add"], *config.add])
-    seeds = sorted({*before["config"]["seeds"], *config.seeds})
+    added = dict.fromkeys([*before["add"], *config.add])
+    seeds = sorted({*before["seeds"], *config.seeds})
     return replace(config, seeds=seeds, studies=studies, add=tuple(name for name in ("vac", "bank") if name in added))
+
+
+def _recorded(out: Path, config: Config) -> dict[str, Any]:
+    """The seeds, studies and additions whose models are all trained and scored, by their records."""
+    found = [path.name.removeprefix("seed") for path in out.glob("seed*")]
+    seeds = sorted(int(number) for number in found if number.isdecimal())
+    ways = {(seed, path.parent.name): _ways(path) for seed in seeds for path in out.glob(f"seed{seed}/*/{RECORD}")}
+
+    def has(rows: list[Row], seeds: list[int]) -> bool:
+        wanted = [((seed, row.model.folder), (row.budget, config.readout(row).key)) for seed in seeds for row in rows]
+        return all(way in ways.get(model, ()) for model, way in wanted)
+
+    kept = [seed for seed in seeds if has(config.rows, [seed])]
+    studies = [name for name in STUDIES if kept and has([*config.study(name).points], kept)]
+    larger = config.whole_table.asked(("vac", "bank")) if config.table == "alignment" else []
+    added = ("vac", "bank") if kept and larger and has(larger, kept) else config.add
+    return {"seeds": kept, "studies": studies, "add": added}
+
+
+def _ways(path: Path) -> set[tuple[str, str]]:
+    """The budgets and readouts that a record has results of."""
+    try:
+        budgets = read_sealed(path, ("budgets",))["budgets"]
+    except DamagedError:
+        return set()
+    return {(budget, readout) for budget, found in budgets.items() for readout in found["test"]}
 
 
 class _Work:
@@ -130,12 +167,6 @@ class _Work:
             open_world=self.open_world,
             about=self.about,
         )
-
-
-def say(words: str) -> None:
-    """Tell the terminal, once for all processes."""
-    if is_main_process():
-        print(words, file=sys.stderr, flush=True)
 
 
 def describe(dataset: CompositionDataset) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from czsl_heads._checks import check_choice
-from czsl_heads._files import whole_file
+from czsl_heads._complaints import in_one_line
+from czsl_heads._files import save_figure, whole_file
 from czsl_heads.data.layout import SPLITS, CompositionDataset, DataError
 from czsl_heads.data.shapes import beyond_shapes
 from czsl_heads.encoders.digest import weights_digest
@@ -118,7 +119,7 @@ def bench(
         except DataError:
             raise  # of no CLIP: the next one would meet it, too
         except Exception as error:  # of any package, and no reason to lose the others
-            rows.append({**shared, "error": " ".join(str(error).split()) or type(error).__name__})
+            rows.append({**shared, "error": in_one_line(error) or type(error).__name__})
         _write(rows, out / "bench.csv")
     return rows
 
@@ -183,5 +184,4 @@ def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axis.grid(axis="x", alpha=0.3)
     if len(aligns) > 1:
         figure.legend(frameon=False, loc="outside right upper")
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(figure, path, dpi=130)

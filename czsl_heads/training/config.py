@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from czsl_heads._checks import check_choice, check_range
 from czsl_heads._files import flatten
-from czsl_heads.data.digest import Pictures
+from czsl_heads.data.digest import PicturesRead
 from czsl_heads.data.layout import CompositionDataset, read_dataset
 from czsl_heads.data.shapes import ShapesSpec
 from czsl_heads.encoders.names import absolute
@@ -103,7 +103,7 @@ class Config:
     names: str = "published"
     allow_untrained_primitives: bool = False
     allow_outside: bool = False
-    digest: Pictures = "sample"
+    digest: PicturesRead = "all"
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ class Config:
         check_choice("masking", self.masking, get_args(Masking))
         check_choice("table", self.table, get_args(TableName))
         check_choice("align", self.align, get_args(Reduce))
-        check_choice("digest", self.digest, get_args(Pictures))
+        check_choice("digest", self.digest, get_args(PicturesRead))
         for name, usual in READING.items():
             if self.data == "shapes" and getattr(self, name) != usual:
                 raise ValueError(f"expected `{name}` with a data set of yours only, got it with the shapes world")
@@ -190,7 +190,7 @@ def configure(
     names: str = "published",
     allow_untrained_primitives: bool = False,
     allow_outside: bool = False,
-    digest: Literal["sample", "all"] = "sample",
+    digest: Literal["sample", "all"] = "all",
     cache_dir: Path | None = None,
     options: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
@@ -231,7 +231,8 @@ def configure(
             English), or a JSON, YAML, CSV or TSV file of replacements.
         allow_untrained_primitives: Accept validation and test pairs with words that no training pair has.
         allow_outside: Accept images outside of the data set's folder.
-        digest: Which pictures are read to tell the data set from a changed one: a "sample", or "all".
+        digest: Which pictures are read to tell the data set from a changed one: "all", each once and again when it was
+            touched, or a "sample" of 64.
         cache_dir: Folder for decoded images and frozen features, which several commands may share; default: none.
         options: Options that replace the preset's, such as --options.epochs 5, --options.bank.slots 8 or
             --options.model.dropout 0.1; docs/ablation.md lists them.
@@ -300,7 +301,7 @@ def configure_model(
     names: str = "published",
     allow_untrained_primitives: bool = False,
     allow_outside: bool = False,
-    digest: Literal["sample", "all"] = "sample",
+    digest: Literal["sample", "all"] = "all",
     cache_dir: Path | None = None,
     options: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
@@ -330,7 +331,8 @@ def configure_model(
             English), or a JSON, YAML, CSV or TSV file of replacements.
         allow_untrained_primitives: Accept validation and test pairs with words that no training pair has.
         allow_outside: Accept images outside of the data set's folder.
-        digest: Which pictures are read to tell the data set from a changed one: a "sample", or "all".
+        digest: Which pictures are read to tell the data set from a changed one: "all", each once and again when it was
+            touched, or a "sample" of 64.
         cache_dir: Folder for decoded images and frozen features, which several commands may share; default: none.
         options: Options that replace the preset's, such as --options.epochs 5; docs/ablation.md lists them.
         trainer: Flags of Lightning's Trainer, such as --trainer.precision bf16-mixed or --trainer.devices 2.

@@ -11,12 +11,11 @@ from typing import Any, cast
 import numpy as np
 import PIL
 import torch
-from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from czsl_heads.data.layout import CompositionDataset, ImageSplit
-from czsl_heads.data.packed import built_once, content_key
+from czsl_heads.data.packed import built_once, content_key, new_array
 from czsl_heads.encoders.digest import identity, weights_digest
 from czsl_heads.encoders.transforms import split_transform
 from czsl_heads.models.condensed import Condensed
@@ -118,7 +117,7 @@ def evaluation_images(
             if file is None:
                 if plain[0].nbytes * len(images) > LIMIT:
                     raise _TooLargeError
-                file = open_memmap(path, "w+", plain.numpy().dtype, (len(images), *plain.shape[1:]))
+                file = new_array(path, plain.numpy().dtype, (len(images), *plain.shape[1:]))
             file[start : start + len(plain)] = plain.numpy()
             start += len(plain)
         assert file is not None

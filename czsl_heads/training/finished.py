@@ -7,21 +7,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from czsl_heads._checks import check_choice
-from czsl_heads._files import plain, read_json
-from czsl_heads.data.digest import labels_digest, pictures_digest
+from czsl_heads._files import plain
+from czsl_heads._sealed import SEAL
+from czsl_heads.data.digest import PICTURES, check_pictures, labels_digest
 from czsl_heads.data.layout import SPLITS, CompositionDataset, DataError, read_dataset
 from czsl_heads.functional.feasibility import Masking
 from czsl_heads.models.recipe import from_plain
-from czsl_heads.models.saved import CONFIG, RESULTS, read_results, space_from_dict
+from czsl_heads.models.saved import CONFIG, RESULTS, read_results, read_saved, space_from_dict
 from czsl_heads.space import CompositionSpace
-from czsl_heads.training.ablate import compared, describe, environment, row_results, say
+from czsl_heads.training.ablate import compared, describe, environment, row_results
 from czsl_heads.training.chance import at_chance, chance_of
 from czsl_heads.training.config import OPEN_WORLD, Config, reading_of
 from czsl_heads.training.evaluate import Evaluation
+from czsl_heads.training.folder import read_settings
 from czsl_heads.training.open_world import OpenWorld, feasibility_table
 from czsl_heads.training.options import Options
 from czsl_heads.training.rows import Readout
-from czsl_heads.training.train import RECORD, evaluate_model, tested
+from czsl_heads.training.train import evaluate_model, read_record, tested
+from czsl_heads.training.trainer import say
 
 
 def finished(run: Path, seed: int | None = None) -> tuple[dict[str, Any], int]:
@@ -34,7 +37,7 @@ def finished(run: Path, seed: int | None = None) -> tuple[dict[str, Any], int]:
     if not (run / CONFIG).is_file():
         raise ValueError(f"expected `run` of czsl train or czsl ablate, got {run}, which has no {CONFIG}")
     if not (run / RESULTS).is_file():
-        if "recipe" in read_json(run / CONFIG):
+        if "recipe" in read_settings(run):
             raise ValueError(
                 f"expected `run` of czsl train or czsl ablate, got {run}, which holds one saved model; czsl predict "
                 "takes it without seed and row, all else asks for the folder of the command that trained it"
@@ -61,15 +64,14 @@ def dataset_of(run: Path, config: dict[str, Any], data: Path | None = None) -> C
         raise DataError(f"{folder}: expected the data set of {run}, got nothing; pass --data if it was moved")
     # The words of prompts were written down: a file of them may be gone, or another by now.
     dataset = read_dataset(folder, **{**reading_of(config), "names": "published"})
-    recorded = read_json(run / CONFIG)
+    recorded = read_settings(run)
     if recorded.get("data_digest", labels_digest(dataset.root)) != labels_digest(dataset.root):
         raise ValueError(
             f"expected {dataset.root} with the labels that {run} was trained on, got other ones; czsl evaluate scores "
             "other data"
         )
-    pictures = recorded.get("pictures_digest")
-    if pictures is not None and pictures != pictures_digest(dataset, pictures.partition(":")[0]):
-        raise ValueError(f"expected {dataset.root} with the pictures that {run} was trained on, got other ones")
+    if "pictures_digest" in recorded:
+        check_pictures(dataset, recorded["pictures_digest"], run / PICTURES)
     return replace(dataset, space=dataset.space.with_words(recorded.get("words", {})))
 
 
@@ -118,6 +120,7 @@ def evaluate(
     """
     check_choice("split", split, SPLITS)
     results, _ = finished(run)
+    results = {name: value for name, value in results.items() if name != SEAL}
     budgets = {row["key"]: row["budget"] for row in results["rows"]}
     left_out = [key for key, budget in budgets.items() if budget != "best"]
     for key in rows or ():
@@ -177,7 +180,7 @@ def _changed(
 
 def _record(path: Path, evaluation: Evaluation) -> dict[str, Any]:
     """The record of a trained model, with what was found now in place of what was found behind the training."""
-    record: dict[str, Any] = read_json(path / RECORD)
+    record: dict[str, Any] = read_record(path)
     best = record["budgets"]["best"]
     chosen = {name: best[name] for name in ("best_epoch", "selected")}
     return {**record, "budgets": {"best": chosen | tested(evaluation)}}
@@ -185,7 +188,7 @@ def _record(path: Path, evaluation: Evaluation) -> dict[str, Any]:
 
 def trained_space(model: Path) -> CompositionSpace:
     """The label space of a trained model, by its folder."""
-    return space_from_dict(read_json(model / CONFIG)["label_space"])
+    return space_from_dict(read_saved(model)["label_space"])
 
 
 def known_words(dataset: CompositionDataset, model: Path) -> CompositionDataset:

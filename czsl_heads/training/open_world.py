@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from czsl_heads._files import whole_file
+from czsl_heads._sealed import DamagedError
 from czsl_heads.data.feasibility_files import read_feasibility, read_word_vectors
 from czsl_heads.encoders.wrap import wrap
 from czsl_heads.functional.feasibility import FeasibilityCurve, Masking, feasibility, mask_infeasible
 from czsl_heads.metrics.feasibility_search import FeasibilitySearch
+from czsl_heads.models.saved import read_tensors, write_tensors
 from czsl_heads.prompts.primitives import encode_primitives
 from czsl_heads.space import CompositionSpace
 from czsl_heads.training.config import Config
@@ -100,8 +101,12 @@ def feasibility_table(config: Config, space: CompositionSpace) -> Tensor:
 
 def keep_feasibility(out: Path, table: Tensor) -> None:
     """Write the table into the folder of an ablation, where all its runs find it, also when they are resumed."""
-    with whole_file(out / FEASIBILITY) as path:
-        save_file({"feasibility": table.contiguous()}, path)
+    write_tensors(out / FEASIBILITY, {"feasibility": table.contiguous()})
+
+
+def table_sha256(table: Tensor) -> str:
+    """SHA-256 of the file that :func:`keep_feasibility` writes."""
+    return hashlib.sha256(save({"feasibility": table.contiguous()})).hexdigest()
 
 
 def kept_open_world(out: Path, config: Config) -> OpenWorld | None:
@@ -112,8 +117,7 @@ def kept_open_world(out: Path, config: Config) -> OpenWorld | None:
     """
     if config.world == "closed":
         return None
-    path = out / FEASIBILITY
-    try:
-        return OpenWorld(load_file(path)["feasibility"], config.masking)
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"expected the feasibility of pairs in {path}, got a damaged file ({error})") from error
+    table = read_tensors(out / FEASIBILITY).get("feasibility")
+    if table is None:
+        raise DamagedError(f"expected the feasibility of pairs in {out / FEASIBILITY}, got other tensors")
+    return OpenWorld(table, config.masking)

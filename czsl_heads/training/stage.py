@@ -15,13 +15,13 @@ from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
 from czsl_heads.prompts.soft import TextFeatures
 from czsl_heads.training.cache import CACHE_BYTES, EncodedImages, encode_images
+from czsl_heads.training.checkpoints import SELECTED, trained_names
 from czsl_heads.training.evaluate import PROTOCOLS
 from czsl_heads.training.feature_cache import encoded, evaluation_images
 from czsl_heads.training.gap_loss import add_gap_loss
 from czsl_heads.training.loaders import eval_loader, train_loader
 from czsl_heads.training.micro_batch import losses_in_parts
 from czsl_heads.training.options import Options
-from czsl_heads.training.trainer import SELECTED
 
 
 def check_validation(dataset: CompositionDataset) -> None:
@@ -225,6 +225,6 @@ class Stage(lightning.LightningModule):
         return found if digits is None else round(found, digits)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        kept = trained_names(self)
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name not in frozen}
+        checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in kept}

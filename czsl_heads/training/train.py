@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from czsl_heads._files import flatten, plain, read_json, write_json
+from czsl_heads._files import flatten, plain
+from czsl_heads._sealed import DamagedError, check_files, file_sha256, read_sealed, write_sealed
 from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
 from czsl_heads.models.recipe import Recipe, build, from_plain
-from czsl_heads.models.saved import WEIGHTS, check_encoder, load_learned, load_model, save_model
+from czsl_heads.models.saved import CONFIG, RECORD, WEIGHTS, check_encoder, load_learned, load_model, save_model
+from czsl_heads.training.checkpoints import CHECKPOINTS, BestWithin, checkpoint_of, last_good, read_trained
 from czsl_heads.training.evaluate import WORLDS, Evaluation, World
 from czsl_heads.training.open_world import OpenWorld
 from czsl_heads.training.options import Options
@@ -24,16 +25,14 @@ from czsl_heads.training.rows import BankPlan, Readout
 from czsl_heads.training.stage import Stage
 from czsl_heads.training.summary import numbers_of
 from czsl_heads.training.trainer import (
-    BestWithin,
     check_trainer,
     fitting_trainer,
     interruptible,
     is_main_process,
     quiet,
+    say,
     testing_trainer,
 )
-
-RECORD, CHECKPOINTS = "training.json", "checkpoints"
 
 
 def train_model(
@@ -74,9 +73,9 @@ def train_model(
         ValueError: There are epochs, and nothing to train; or ``folder`` holds a model of other settings.
         KeyboardInterrupt: The training was interrupted; calling again resumes it.
     """
-    if (folder / RECORD).exists():
-        _check_same(folder, recipe, options, seed)
-        return _completed(folder, dataset, readouts, trainer=trainer, open_world=open_world)
+    if (finished := _finished(folder)) is not None:
+        _check_same(folder, finished, recipe, options, seed)
+        return _completed(folder, finished, dataset, readouts, trainer=trainer, open_world=open_world)
     lightning.seed_everything(seed, verbose=False)
     model = build(recipe, dataset.space)
     if base is not None:
@@ -90,8 +89,8 @@ def train_model(
     results: dict[str, Any] = {}
     with quiet(), interruptible():
         if epochs["best"]:
-            last = folder / CHECKPOINTS / "last.ckpt"
-            fitter.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
+            start = last_good(folder / CHECKPOINTS, [*checkpoints], module, say)
+            fitter.fit(module, ckpt_path=start, weights_only=True)
         for name in reversed(epochs):  # "best" comes last, and stays in the model
             chosen = _take_best(module, checkpoints[name]) if epochs["best"] else _UNTRAINED
             results[name] = chosen | _test(model, dataset, options, readouts, fitter, open_world)
@@ -104,10 +103,38 @@ def train_model(
     }
     if is_main_process():
         model.record = _about(model, about or {}, record, readouts)
-        save_model(model, folder)
-        record = write_json(folder / RECORD, record)  # last: it marks the training as finished
+        record = _save(model, folder, record)
     fitter.strategy.barrier()  # no process may look for the record before it is there
     return record
+
+
+def _save(model: Method, folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Write a model, and last its record, which marks the training as finished and says what the files hold."""
+    save_model(model, folder)
+    files = {name: file_sha256(folder / name) for name in (CONFIG, WEIGHTS)}
+    return write_sealed(folder / RECORD, {**record, "files": files})
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a finished training.
+
+    Raises:
+        DamagedError: It, or a file of the model, is not as it was written.
+    """
+    record = read_sealed(folder / RECORD, ("recipe", "seed", "options", "trainable_parameters", "budgets"))
+    check_files(folder, record.get("files", {}))
+    return record
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The record of a training that need not be repeated."""
+    if not (folder / RECORD).exists():
+        return None
+    try:
+        return read_record(folder)
+    except DamagedError as error:
+        say(f"{error}; the model is made again, from its checkpoints where they are whole")
+        return None
 
 
 _UNTRAINED: dict[str, Any] = {"best_epoch": None, "selected": None}
@@ -146,7 +173,7 @@ def _fitter(
 
 def _take_best(module: Stage, checkpoint: ModelCheckpoint) -> dict[str, Any]:
     """Go back to the epoch that was chosen, and tell which it was."""
-    best = torch.load(checkpoint.best_model_path, weights_only=True, map_location="cpu")
+    best = read_trained(checkpoint_of(checkpoint), module)
     module.load_state_dict(best["state_dict"], strict=False)
     score = checkpoint.best_model_score
     selected = None if score is None or not score.isfinite() else score.item()
@@ -200,9 +227,8 @@ def _rounded(curve: list[list[float | None]]) -> list[list[float | None]]:
     return [[None if value is None else round(value, 5) for value in point] for point in curve]
 
 
-def _check_same(folder: Path, recipe: Recipe, options: Options, seed: int) -> None:
+def _check_same(folder: Path, record: dict[str, Any], recipe: Recipe, options: Options, seed: int) -> None:
     """Raise ValueError unless the finished model of a folder has this recipe, these options and this seed."""
-    record = read_json(folder / RECORD)
     # A model of an earlier version lacks the options of later ones, and was trained without.
     defaults = {"recipe": Recipe(recipe.method).as_dict(), "options": Options().as_dict()}
     found = flatten(plain(defaults)) | flatten({name: record[name] for name in ("recipe", "options", "seed")})
@@ -221,6 +247,7 @@ _SPEED_ONLY = ("workers", "checkpoint")  # they change no number beyond rounding
 
 def _completed(
     folder: Path,
+    record: dict[str, Any],
     dataset: CompositionDataset,
     readouts: Mapping[str, Readout],
     *,
@@ -228,7 +255,6 @@ def _completed(
     open_world: OpenWorld | None,
 ) -> dict[str, Any]:
     """The record of a finished training, with ways to score that it lacked."""
-    record: dict[str, Any] = read_json(folder / RECORD)
     best = record["budgets"]["best"]
     missing = {name: readout for name, readout in readouts.items() if name not in best["test"]}
     if not missing:
@@ -244,8 +270,9 @@ def _completed(
         model = evaluation.model
         if _keep_bank(model, evaluation):
             model.record = _about(model, model.record, record, readouts)
-            save_model(model, folder)
-        record = write_json(folder / RECORD, record)
+            record = _save(model, folder, record)
+        else:
+            record = write_sealed(folder / RECORD, record)
     evaluation.trainer.strategy.barrier()  # no process may read the files while they are written
     return record
 
@@ -272,7 +299,7 @@ def evaluate_model(
 
 def recorded_options(folder: Path) -> Options:
     """The options that the model of a folder was trained with."""
-    return from_plain(Options, read_json(folder / RECORD)["options"], "options")
+    return from_plain(Options, read_record(folder)["options"], "options")
 
 
 def _about(

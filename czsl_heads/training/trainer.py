@@ -1,8 +1,9 @@
-"""Lightning as it is used here: its trainer, its checkpoints, and which of its words are let through."""
+"""Lightning as it is used here: its trainer, and which of its words are let through."""
 
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-SELECTED = "val/selected"  # what an epoch is chosen by: the larger the better
+from czsl_heads.training.checkpoints import CHECKPOINTS, LastEpoch, WholeCheckpoints
+
 _SETTINGS: dict[str, Any] = {
     "devices": 1,
     "num_sanity_val_steps": 0,
@@ -24,38 +26,15 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-class _Checkpoint(ModelCheckpoint):
-    """Of a folder that may be moved between two attempts: Lightning would forget then what was best."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-        here = {name: self._here(state_dict[name]) for name in paths}
-        best = {self._here(path): score for path, score in state_dict["best_k_models"].items()}
-        super().load_state_dict({**state_dict, **here, "best_k_models": best, "dirpath": self.dirpath})
-
-    def _here(self, path: str) -> str:
-        return str(Path(str(self.dirpath)) / Path(path).name) if path else path
-
-
-class BestWithin(_Checkpoint):
-    """Keeps the best of the first epochs; later ones are trained for other rows of a table."""
-
-    def __init__(self, folder: Path, name: str, *, epochs: int) -> None:
-        super().__init__(folder, name, monitor=SELECTED, mode="max", enable_version_counter=False)
-        self.epochs = epochs  # the trainer validates once an epoch: the flags that change that are refused
-
-    @property
-    def state_key(self) -> str:
-        return f"{super().state_key}, within {self.epochs} epochs"
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if trainer.current_epoch < self.epochs:
-            super().on_train_epoch_end(trainer, pl_module)
-
-
 def is_main_process() -> bool:
     """Whether this process is the one that writes results; Lightning starts several for several devices."""
     return int(rank_zero_only.rank) == 0  # type: ignore[attr-defined]
+
+
+def say(words: str) -> None:
+    """Tell the terminal, once for all processes."""
+    if is_main_process():
+        print(words, file=sys.stderr, flush=True)
 
 
 def testing_trainer(flags: dict[str, Any]) -> lightning.Trainer:
@@ -96,12 +75,19 @@ def fitting_trainer(
     """
     settings = {**_SETTINGS, **flags, "max_epochs": epochs, "log_every_n_steps": min(10, batches)}
     settings["accumulate_grad_batches"] = accumulate
+    settings["plugins"] = [*_listed(flags.get("plugins")), WholeCheckpoints()]
     # The last of the callbacks, so that it holds the state of the others.
-    last = _Checkpoint(folder / "checkpoints", "last", enable_version_counter=False)
+    last = LastEpoch(folder / CHECKPOINTS)
     with quiet():
         # Each attempt gets its own log folder: what an interrupted one logged is kept.
         loggers = [CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")]
         return lightning.Trainer(**settings, callbacks=[*best, last], logger=loggers)
+
+
+def _listed(plugins: Any) -> list[Any]:
+    if plugins is None:
+        return []
+    return [*plugins] if isinstance(plugins, (list, tuple)) else [plugins]
 
 
 _UNASKED = (

@@ -164,7 +164,7 @@ def test_what_was_killed_in_the_middle_leaves_nothing_that_is_read(tmp_path):
     killed.send_signal(signal.SIGKILL)
     killed.wait(60)
     assert not (folder / "one.npy").exists()
-    assert len(list(folder.glob(".one-*.npy"))) == 1
+    assert len(list(folder.glob(".unfinished-*.npy"))) == 1
     built_once(folder, "one.npy", lambda path: np.save(path, np.zeros(3)))
     assert np.load(folder / "one.npy").tolist() == [0, 0, 0]
-    assert list(folder.glob(".one-*.npy")) == []
+    assert list(folder.glob(".unfinished-*")) == []

@@ -16,6 +16,7 @@ from baselines.clip import CLIP
 from baselines.csp import CSP
 from baselines.troika import Troika
 from czsl_heads import CompositionSpace, DynamicMemoryBank, load, wrap
+from czsl_heads._sealed import write_sealed
 from czsl_heads.models import hub, recipe
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
@@ -65,7 +66,7 @@ def folder(tmp_path):
 def change(folder, **values):
     """Put other values into the configuration."""
     content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**content, **values}))
+    write_sealed(folder / "config.json", {**content, **values})
 
 
 def change_tensors(folder, **values):
@@ -277,6 +278,7 @@ def test_a_folder_of_an_earlier_version_is_read(folder, images):
     expected = load(folder).scores(images, PAIRS)
     content = json.loads((folder / "config.json").read_text())
     del content["encoder_container"], content["encoder_activation"], content["recipe"]["dense"]
+    del content["sha256"], content["files"]
     (folder / "config.json").write_text(json.dumps(content))
     assert torch.equal(load(folder).scores(images, PAIRS), expected)
 
@@ -329,11 +331,14 @@ def test_the_recipe_of_dense_patches_is_kept(images, tmp_path):
         (lambda folder: (folder / "config.json").unlink(), r"got .*csp \(.*No such file.*config\.json"),
         (
             lambda folder: (folder / "config.json").write_text('{"recipe": '),
-            r"got .*csp \(expected JSON in .*Expecting value",
+            r"got .*csp \(expected JSON in .*Expecting value.*\); another copy has it",
         ),
         (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe\x00"), r"got .*csp \(.*codec can't decode"),
-        (lambda folder: (folder / "config.json").write_text("[1, 2]"), r"csp, whose config\.json holds no model"),
-        (lambda folder: (folder / "config.json").write_text("3"), r"csp, whose config\.json holds no model"),
+        (
+            lambda folder: (folder / "config.json").write_text("[1, 2]"),
+            r"config\.json to hold an object of JSON, got a list",
+        ),
+        (lambda folder: (folder / "config.json").write_text("3"), r"config\.json to hold an object of JSON, got a int"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "clip"}'), "config.json holds no model"),
         (lambda folder: change(folder, recipe={"method": "csp", "colour": 1}), r"csp/config\.json .*got 'colour'"),
         (lambda folder: change(folder, recipe={"method": "duplex"}), r"csp/config\.json that can be .*got 'duplex'"),
@@ -381,14 +386,43 @@ def test_a_configuration_that_cannot_be_right_is_told_by_its_file(folder, spoil,
     ids=["missing", "cut", "foreign", "another", "shape", "lacking", "bank", "half a bank"],
 )
 def test_weights_that_cannot_be_right_are_told_by_their_file(folder, spoil, message):
+    change(folder, files={})  # as of an earlier version, which wrote no digests
     spoil(folder / "model.safetensors")
     with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ["method.prompts.primitives", "bank.entropy"])
+def test_whole_files_of_other_tensors_are_told_by_their_digest(folder, name):
+    tensors = load_file(folder / "model.safetensors")
+    changed = tensors[name] + 1e-3
+    change_tensors(folder, **{name: changed})
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors as it was written, got other bytes: .*another copy has it"
+    ):
+        load(folder)
+    change_tensors(folder, **{name: tensors[name]})
+    load(folder)
+
+
+def test_a_model_that_lost_its_bank_is_told(folder):
+    tensors = load_file(folder / "model.safetensors")
+    change_tensors(folder, **{name: None for name in tensors if name.startswith("bank.")})
+    with pytest.raises(ValueError, match="got other bytes"):
+        load(folder)
+
+
+def test_a_number_that_was_changed_in_a_configuration_is_told(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"seed": ', '"seed": 1', 1).replace('"depth": ', '"depth": 1', 1))
+    with pytest.raises(ValueError, match=r"config\.json as it was written, got other content: its digest does not fit"):
         load(folder)
 
 
 def test_a_bank_without_a_condenser_is_told(images, folder, tmp_path):
     trained("csp").save_pretrained(tmp_path / "alone")
     of_bank = {name: tensor for name, tensor in load_file(folder / "model.safetensors").items() if "bank." in name}
+    change(tmp_path / "alone", files={})
     change_tensors(tmp_path / "alone", **of_bank)
     with pytest.raises(ValueError, match=r"expected weights of this model in .*alone.*: bank\.count, bank\."):
         load(tmp_path / "alone")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from czsl_heads._sealed import write_sealed
 from czsl_heads.data import read_dataset
 from czsl_heads.data.layout import DataError
 from czsl_heads.models.saved import SCHEMA
-from czsl_heads.training import ablate
+from czsl_heads.training import trainer
 from czsl_heads.training.finished import dataset_of, evaluate, finished, one_device
 from czsl_heads.training.tune import tune
 
@@ -43,7 +44,7 @@ def other(shapes_root: Path, tmp_path: Path) -> Path:
 def change(path: Path, changed: Callable[[dict], object]) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     changed(content)
-    path.write_text(json.dumps(content), encoding="utf-8")
+    write_sealed(path, content)
 
 
 def test_weights_are_tuned_on_no_other_data(small_ablation: Path, other: Path) -> None:
@@ -96,7 +97,7 @@ def test_rows_are_those_of_the_training_and_others_are_told(run: Path, capsys: p
 
 
 def test_other_processes_say_nothing(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(ablate, "is_main_process", lambda: False)
+    monkeypatch.setattr(trainer, "is_main_process", lambda: False)
     evaluate(run, split="val")
     assert "without rows" not in capsys.readouterr().err
 

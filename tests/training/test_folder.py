@@ -212,7 +212,7 @@ def test_a_folder_of_an_earlier_version_is_taken_up(configured, tmp_path: Path) 
     open_folder(out, config)
     content = json.loads((out / CONFIG).read_text())
     recorded = {name: content.pop(name) for name in ("encoder_container", "encoder_activation", "encoder_digest")}
-    del content["options"]["dense"]
+    del content["options"]["dense"], content["sha256"], content["pictures_digest"]
     (out / CONFIG).write_text(json.dumps(content))
     open_folder(out, config)
     assert json.loads((out / CONFIG).read_text()).items() >= recorded.items()

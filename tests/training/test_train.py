@@ -187,6 +187,10 @@ def test_a_finished_training_is_not_repeated_and_stays_one_of_its_settings(
         train(aligned, seed=1)
 
 
+def without(record: dict, *names: str) -> dict:
+    return {name: value for name, value in record.items() if name not in names}
+
+
 def test_ways_to_score_that_a_finished_model_lacks_are_added(
     aligned: Path, tmp_path: Path, train, readouts: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,7 +205,8 @@ def test_ways_to_score_that_a_finished_model_lacks_are_added(
     tests = after["budgets"]["best"].pop("test")
     assert tests.pop("fused") == before["budgets"]["best"].pop("test")["fused"]
     assert tests.keys() == {"bank", "two slots"}
-    assert after == before
+    digests = ("sha256", "files")  # of a model with a bank now
+    assert without(after, *digests) == without(before, *digests)
     assert load_model(tmp_path).bank.slots == 3
     assert read(tmp_path, CONFIG)["record"]["test"] == numbers_of(tests["bank"])
 
@@ -258,10 +263,10 @@ def test_scoring_anew_writes_nothing_and_gives_the_recorded_numbers(
 def test_a_base_of_another_model_is_refused(aligned: Path, tmp_path: Path, train) -> None:
     base = Path(shutil.copytree(aligned, tmp_path / "base"))
     save_file({**load_file(base / WEIGHTS), "other": torch.zeros(1)}, base / WEIGHTS)
-    with pytest.raises(ValueError, match=r"expected weights of this model in .*, got other names or shapes: other$"):
+    with pytest.raises(ValueError, match=r"model\.safetensors as it was written, got other bytes.*; the czsl command"):
         train(tmp_path / "next", condenser=True, base=base)
     (base / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match=r"expected tensors of a model in .*, got no such file"):
+    with pytest.raises(ValueError, match=r"expected the file .*model\.safetensors, got none"):
         train(tmp_path / "next", condenser=True, base=base)
     assert not (tmp_path / "next").exists()
 
