@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import traceback
 from pathlib import Path
@@ -10,6 +11,7 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory"
 _WORKER = re.compile(r"DataLoader worker \(pid\(?s?\)?.*?\) (exited unexpectedly|is killed by signal)")
 _LAST_LINE = re.compile(r"^[\w.]*(?:Error|Exception)\w*: ", re.MULTILINE)
 _NETWORK = ("httpx", "httpcore", "requests", "urllib3", "huggingface_hub")
+_LONGEST = 600  # letters of a line
 _ROOT = Path(__file__).parent
 
 _TRAINING = (
@@ -35,13 +37,15 @@ def complaint(error: BaseException, command: str = "") -> str:
         error: Any error.
         command: The command that met it.
     """
-    said = in_one_line(error)
+    said = _shortened(in_one_line(error))
     if isinstance(error, ModuleNotFoundError):
         return _how_to_get(error)
     if _WORKER.search(said):
         return f"a process that loads images was killed, mostly for want of memory ({said}); {_fewer_workers(command)}"
     if is_out_of_memory(error):
         return f"expected more memory, got none ({said[:200]}); {_LESS.get(command, 'try less at once')}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{said}; make room, and give the same command again"
     if isinstance(error, (ValueError, TypeError, OSError)) or type(error).__module__.partition(".")[0] in _NETWORK:
         return said or type(error).__name__
     return f"unexpected {type(error).__name__}: {said}{_place(error)}; czsl --debug shows all of it: please report it"
@@ -54,6 +58,11 @@ def in_one_line(error: BaseException) -> str:
         found = [*_LAST_LINE.finditer(said)]
         said = said[found[-1].end() :] if found else said
     return " ".join(said.split())
+
+
+def _shortened(said: str) -> str:
+    """Without the middle of what is longer than a screen: a name of thousands of letters, say."""
+    return said if len(said) <= _LONGEST else f"{said[: _LONGEST // 2]} ... {said[-_LONGEST // 2 :]}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -136,6 +137,16 @@ def _naming(path: Path, temporary: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise OSError for a pipe, a socket or a device: whoever opens one may wait, or read, without end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return  # which the opening of it will say
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "a pipe, a socket or a device", os.fspath(path))
+
+
 def write_text(path: Path, text: str) -> None:
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -162,6 +173,7 @@ def _is_unicode(content: Any) -> bool:
 
 def read_json(path: Path) -> Any:
     """What :func:`write_json` wrote; UTF-8 whatever the locale. ValueError names a file that is no JSON."""
+    check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from czsl_heads._files import plain, read_json, write_json
+from czsl_heads._files import check_regular, plain, read_json, write_json
 
 SEAL = "sha256"  # the name of the digest in a JSON file
 
@@ -56,6 +56,7 @@ def read_sealed(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal digits."""
+    check_regular(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while part := file.read(1 << 20):

@@ -13,7 +13,7 @@ from typing import Literal, cast, get_args
 import numpy as np
 
 from czsl_heads._checks import check_choice
-from czsl_heads._files import whole_file
+from czsl_heads._files import check_regular, whole_file
 from czsl_heads.data.images import DataError
 from czsl_heads.data.layout import SPLIT_NAME, SPLITS, CompositionDataset, layout_files
 
@@ -179,6 +179,7 @@ def file_digest(path: str) -> str:
         DataError: It cannot be read.
     """
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             return hashlib.blake2b(file.read(), digest_size=_DIGEST_BYTES).hexdigest()
     except OSError as error:

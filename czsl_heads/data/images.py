@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from czsl_heads._checks import check_kind
+from czsl_heads._files import check_regular
 
 BACKGROUND = "white"  # what transparent pictures lie on
 # A JPEG of more pixels is decoded at a half, a quarter or an eighth of its size. No picture of the published data sets
@@ -116,6 +117,7 @@ class _DepthError(ValueError):
 
 def _opened(path: str | os.PathLike[str]) -> Image.Image:
     """The picture, of which only the head was read; a large JPEG is told to decode at a reduced size."""
+    check_regular(path)
     try:
         image: Any = Image.open(path)
     except Image.DecompressionBombError:

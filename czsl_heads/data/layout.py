@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from czsl_heads._checks import check_choice, check_kind
-from czsl_heads._files import native, whole_file
+from czsl_heads._files import check_regular, native, whole_file
 from czsl_heads.data.files import IMPORT, ImageFiles
 from czsl_heads.data.images import DataError as DataError
 from czsl_heads.data.images import open_image as open_image
@@ -293,6 +293,7 @@ def _read_splits(root: Path, split: str) -> dict[str, list[NamedPair]]:
 
 def _read_pairs(path: Path) -> list[NamedPair]:
     try:
+        check_regular(path)
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a text file of pairs, got one that cannot be read ({error})") from error
@@ -386,6 +387,7 @@ def read_metadata(path: Path) -> list[dict[str, str]]:
         DataError: The file is missing or damaged, wants to run code, or a row is another thing.
     """
     try:
+        check_regular(path)
         rows = torch.load(path, weights_only=True)
     except Exception as error:  # what the unpickler raises on damaged files is of every kind
         raise DataError(
@@ -395,7 +397,9 @@ def read_metadata(path: Path) -> list[dict[str, str]]:
         raise DataError(f"{path}: expected a list, got {type(rows).__name__}")
     for entry, row in enumerate(rows):
         if not _is_row(row):
-            raise DataError(f"{path}, entry {entry}: expected a dict with strings image, attr, obj, set, got {row!r}")
+            raise DataError(
+                f"{path}, entry {entry}: expected a dict with strings image, attr, obj, set, got {repr(row)[:200]}"
+            )
     return rows
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from czsl_heads._checks import check_choice
 from czsl_heads._files import read_json, whole_file, write_text
-from czsl_heads._sealed import DamagedError, check_files, file_sha256, read_sealed, write_sealed
+from czsl_heads._sealed import SEAL, DamagedError, check_files, file_sha256, read_sealed, write_sealed
 from czsl_heads.encoders.digest import differs, identity
 from czsl_heads.encoders.names import absolute
 from czsl_heads.models.card import NUMBERS, model_card
@@ -237,7 +237,9 @@ def _check_schema(path: Path) -> None:
         results = read_json(path)
     except ValueError:
         return  # damaged, which is for others to say
-    found = results.get("schema") if isinstance(results, dict) else SCHEMA
+    if not isinstance(results, dict) or ("schema" not in results and SEAL in results):
+        return  # damaged, too
+    found = results.get("schema")
     if found != SCHEMA:
         raise ValueError(f"expected {path} of schema {SCHEMA}, got schema {found}")
 

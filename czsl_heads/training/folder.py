@@ -69,6 +69,11 @@ def open_folder(out: Path, config: Config, holder: Holder | None = None) -> Comp
     dataset = None if config.shapes else config.read()
     if dataset is not None and (told := beyond_shapes(config.encoder, dataset.space)):
         print(told, file=sys.stderr, flush=True)
+    if dataset is not None and (unlisted := dataset.left_out.unlisted):
+        say(_left_out(dataset.root, len(unlisted)))
+    if (out / LOCK).exists():
+        with _writing(out):
+            holder.take()  # or tell who works there
     if (out / CONFIG).exists():
         return _taken_up(out, config, dataset, holder)
     if out.exists() and (not out.is_dir() or _occupied(out)):
@@ -93,6 +98,13 @@ def open_folder(out: Path, config: Config, holder: Holder | None = None) -> Comp
             keep_feasibility(out, table)
         dataset = dataset or _drawn_dataset(out, config, settings)
     return _cached(dataset, config)
+
+
+def _left_out(root: Path, rows: int) -> str:
+    some = f"{rows} rows of {root} are left out, whose pairs are"
+    if rows == 1:
+        some = f"1 row of {root} is left out, whose pair is"
+    return f"{some} in no split file: czsl check {root} says which"
 
 
 def _taken_up(out: Path, config: Config, dataset: CompositionDataset | None, holder: Holder) -> CompositionDataset:

@@ -60,9 +60,16 @@ class Server:
         )
 
     def __call__(self, *arguments: object, **request: object) -> dict:
+        self.ask(*arguments, **request)
+        return self.answer()
+
+    def ask(self, *arguments: object, **request: object) -> None:
+        """Start a command, whose answer is taken later."""
         request["arguments"] = [str(each) for each in arguments]
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
+
+    def answer(self) -> dict:
         return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:

@@ -9,8 +9,10 @@ import errno
 import io
 import json
 import os
+import signal
 import sys
 import tempfile
+import time
 import traceback
 
 import torch
@@ -19,7 +21,7 @@ import torch
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 KILLED = 137
 
-armed = {"roots": (), "at": 0, "how": "", "seen": []}
+armed = {"roots": (), "at": 0, "how": "", "gate": (), "seen": []}
 
 
 def watch(event, arguments):
@@ -34,7 +36,18 @@ def watch(event, arguments):
         return
     if armed["how"] == "kill":
         os._exit(KILLED)
+    if armed["how"] == "wait":
+        wait(*armed["gate"])
+        return
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def wait(reached, go):
+    """Make one file, and wait for the other: a test does something in between."""
+    with open(reached, "w", encoding="utf-8") as file:
+        file.write(str(os.getpid()))
+    while not os.path.exists(go):
+        time.sleep(0.01)
 
 
 def changes(event, name, arguments):
@@ -65,9 +78,12 @@ def run(request):
     from czsl_heads.cli import main
 
     said = io.StringIO()
+    os.chdir(request.get("cwd", "."))
     if "tmpdir" in request:
         tempfile.tempdir = request["tmpdir"]
     armed.update(roots=tuple(request.get("roots", ())), at=request.get("at", 0), how=request.get("how", ""))
+    armed["gate"] = request.get("gate", ())
+    signal.alarm(request.get("seconds", 300))  # what hangs is killed
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             status = main(request["arguments"])
@@ -85,4 +101,5 @@ if __name__ == "__main__":
         request = json.loads(line)
         # Here and in no child: what it imports is there for all of them.
         found = {"status": run(request)[0]} if request.get("here") else answer(request)
+        signal.alarm(0)
         print(json.dumps(found), flush=True)
