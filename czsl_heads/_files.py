@@ -148,8 +148,9 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a page for people; what is no Unicode in it, as bytes of a path may be, is spelled."""
     with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> Any:
