@@ -1,8 +1,10 @@
 """A folder is claimed by one command: all is tried before anything is written, and other settings are refused."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -11,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from czsl_heads import wrap
-from czsl_heads.data import DataError
+from czsl_heads.data import DataError, digest
+from czsl_heads.data.shapes import ShapesSpec
 from czsl_heads.encoders.digest import weights_digest
 from czsl_heads.models.saved import CONFIG
 from czsl_heads.training import folder
@@ -216,3 +219,92 @@ def test_a_folder_of_an_earlier_version_is_taken_up(configured, tmp_path: Path) 
     (out / CONFIG).write_text(json.dumps(content))
     open_folder(out, config)
     assert json.loads((out / CONFIG).read_text()).items() >= recorded.items()
+
+
+def test_a_name_that_lightning_reads_as_two_addresses_is_refused(configured, tmp_path: Path, monkeypatch) -> None:
+    config = configured("clip", by=configure_model)
+    with pytest.raises(ValueError, match=r"expected `out` without ::, which Lightning reads as .*, got a::b"):
+        open_folder(Path("a::b"), config)
+    inside = tmp_path / "a::b"
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    with pytest.raises(ValueError, match=r"expected `out` without ::"):
+        open_folder(Path("out"), config)
+    assert list(inside.iterdir()) == []
+
+
+def replace_in_silence(path: Path) -> None:
+    """Another picture of as many bytes, whose time of change is that of the first."""
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_picture_that_was_replaced_between_two_calls_is_told_by_its_name(
+    configured, data: Path, tmp_path: Path
+) -> None:
+    out, config = tmp_path / "out", configured("clip", by=configure_model, data=str(data))
+    open_folder(out, config)
+    picture = sorted((data / "images").rglob("*.png"))[7]
+    whole = picture.read_bytes()
+    replace_in_silence(picture)
+    name = picture.relative_to(data / "images")
+    with pytest.raises(DataError, match=rf"with the pictures that .*out was trained on, got other ones: {name}$"):
+        open_folder(out, config)
+    picture.write_bytes(whole)
+    open_folder(out, config)
+
+    (out / "pictures.npz").unlink()  # then every picture is read again
+    replace_in_silence(picture)
+    with pytest.raises(DataError, match=r"got other ones$"):
+        open_folder(out, config)
+    picture.write_bytes(whole)
+    open_folder(out, config)
+    assert (out / "pictures.npz").exists()
+
+
+def test_pictures_that_were_not_touched_are_not_read_again(configured, data: Path, tmp_path: Path, monkeypatch) -> None:
+    out, config = tmp_path / "out", configured("clip", by=configure_model, data=str(data))
+    open_folder(out, config)
+    read: list[str] = []
+    real = digest.file_digest
+    monkeypatch.setattr(digest, "file_digest", lambda path: read.append(path) or real(path))
+    open_folder(out, config)
+    assert read == []
+    picture = next((data / "images").rglob("*.png"))
+    picture.touch()
+    open_folder(out, config)
+    assert read == [str(picture)]
+    open_folder(out, config)
+    assert read == [str(picture)]
+
+
+@pytest.mark.parametrize("spoil", ["picture", "labels", "gone"])
+def test_shapes_that_were_damaged_are_drawn_again(configured, tmp_path: Path, spoil: str, capsys) -> None:
+    spec = ShapesSpec(train_per_pair=1, val_per_pair=1, test_per_pair=1)
+    config = replace(configured("clip", by=configure_model), data="shapes", shapes=spec)
+    out = tmp_path / "out"
+    root = open_folder(out, config).root
+    kept = {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    settings = (out / CONFIG).read_bytes()
+    if spoil == "picture":
+        replace_in_silence(sorted((root / "images").rglob("*.png"))[3])
+    elif spoil == "labels":
+        path = root / SPLIT / "test_pairs.txt"
+        path.write_text("\n".join(sorted(path.read_text().split("\n"))[1:]))
+    else:
+        shutil.rmtree(root / "images")
+    open_folder(out, config)
+    assert "it is drawn again" in capsys.readouterr().err
+    assert {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()} == kept
+    assert (out / CONFIG).read_bytes() == settings
+
+
+def test_the_settings_of_a_folder_cannot_be_guessed(configured, tmp_path: Path) -> None:
+    out, config = tmp_path / "out", configured("clip", by=configure_model)
+    open_folder(out, config)
+    (out / CONFIG).write_text((out / CONFIG).read_text().replace('"clip"', '"csp"', 1))
+    with pytest.raises(ValueError, match=r"other content: its digest .*; take it from a copy of the folder, or give"):
+        open_folder(out, config)
