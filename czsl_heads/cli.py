@@ -125,10 +125,13 @@ def _run(out: Path, config: Any, page: str) -> int:
     from czsl_heads.report.curves import plot_curves, plot_feasibility, plot_study
     from czsl_heads.report.table import has_feasibility, print_results, results_markdown
     from czsl_heads.training.ablate import run_ablation
+    from czsl_heads.training.holder import Holder
     from czsl_heads.training.trainer import is_main_process
 
-    results = run_ablation(out, config)
-    if is_main_process():
+    with Holder(out) as holder:
+        results = run_ablation(out, config, holder)
+        if not is_main_process():
+            return 0
         plot_curves(results, out / "curves.png")
         masked = has_feasibility(results)
         if masked:
@@ -136,8 +139,8 @@ def _run(out: Path, config: Any, page: str) -> int:
         for name, study in results["studies"].items():
             plot_study(study, out / f"study-{name}.png")
         write_text(out / page, results_markdown(results))
-        print_results(results)
-        print(f"wrote results.json, {page}{', feasibility.png' if masked else ''} and curves.png to {out}")
+    print_results(results)
+    print(f"wrote results.json, {page}{', feasibility.png' if masked else ''} and curves.png to {out}")
     return 0
 
 

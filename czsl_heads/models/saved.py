@@ -237,7 +237,7 @@ def _check_schema(path: Path) -> None:
         results = read_json(path)
     except ValueError:
         return  # damaged, which is for others to say
-    if not isinstance(results, dict) or ("schema" not in results and SEAL in results):
+    if not isinstance(results, dict) or ("schema" not in results and (SEAL in results or "rows" not in results)):
         return  # damaged, too
     found = results.get("schema")
     if found != SCHEMA:

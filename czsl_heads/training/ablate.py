@@ -18,21 +18,27 @@ from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.models.saved import RECORD, RESULTS, SCHEMA, read_results
 from czsl_heads.training.chance import at_chance, chance_of
 from czsl_heads.training.config import Config
-from czsl_heads.training.folder import open_folder, wanted_rows
+from czsl_heads.training.folder import open_folder
 from czsl_heads.training.holder import Holder
 from czsl_heads.training.open_world import OpenWorld, kept_open_world
+from czsl_heads.training.rehearsal import wanted_rows
 from czsl_heads.training.rows import STUDIES, Readout, Row, Table, Trained
 from czsl_heads.training.summary import differences_of, numbers_of, spread, summary_of
 from czsl_heads.training.train import train_model
 from czsl_heads.training.trainer import is_main_process, say
 
 
-def run_ablation(out: Path, config: Config) -> dict[str, Any]:
+def run_ablation(out: Path, config: Config, holder: Holder | None = None) -> dict[str, Any]:
     """Train and test all rows over all seeds, then the studies, and write ``results.json``.
 
     Rows that share a trained model are scored in one pass over the images. Finished models in ``out`` are kept, an
     interrupted one is resumed: calling again with the same settings completes the folder, and with more seeds, studies
     or additions extends it.
+
+    Args:
+        out: The folder.
+        config: What the command asks for.
+        holder: Holds the folder until its block ends; None: it is held within this call only.
 
     Returns:
         The content of ``results.json``.
@@ -41,8 +47,10 @@ def run_ablation(out: Path, config: Config) -> dict[str, Any]:
         ValueError, OSError: As :func:`czsl_heads.training.folder.open_folder`, before anything is written.
         KeyboardInterrupt: Interrupted; calling again resumes.
     """
-    with Holder(out) as holder:
-        return _completed(out, config, open_folder(out, config, holder))
+    if holder is None:
+        with Holder(out) as own:
+            return run_ablation(out, config, own)
+    return _completed(out, config, open_folder(out, config, holder))
 
 
 def _completed(out: Path, config: Config, dataset: CompositionDataset) -> dict[str, Any]:

@@ -6,34 +6,23 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from czsl_heads._files import flatten, plain, remove_unfinished
 from czsl_heads._sealed import SEAL, DamagedError, file_sha256, read_sealed, write_sealed
 from czsl_heads.data.digest import PICTURES, check_pictures, labels_digest, look_at_pictures
-from czsl_heads.data.integrity import broken_images
 from czsl_heads.data.layout import CompositionDataset, DataError, read_dataset
 from czsl_heads.data.shapes import beyond_shapes, make_shapes, shapes_space
-from czsl_heads.encoders.digest import differs, identity, weights_digest
+from czsl_heads.encoders.digest import differs
 from czsl_heads.encoders.wrap import wrap
-from czsl_heads.models.condensed import Condensed
-from czsl_heads.models.method import Method
-from czsl_heads.models.recipe import build, new_bank
 from czsl_heads.models.saved import CONFIG
-from czsl_heads.space import CompositionSpace
 from czsl_heads.training.config import OPEN_WORLD, READING, Config
 from czsl_heads.training.holder import HOLDER, LOCK, FolderBusyError, Holder
 from czsl_heads.training.open_world import FEASIBILITY, feasibility_table, keep_feasibility, table_sha256
 from czsl_heads.training.options import Options
-from czsl_heads.training.rows import Row
-from czsl_heads.training.stage import check_validation
-from czsl_heads.training.train import check_learning
+from czsl_heads.training.rehearsal import identified, rehearse
 from czsl_heads.training.trainer import check_trainer, say
 
 # Recorded by :func:`czsl_heads.encoders.digest.identity`, and compared when the CLIP is loaded.
@@ -79,7 +68,7 @@ def open_folder(out: Path, config: Config, holder: Holder | None = None) -> Comp
     if out.exists() and (not out.is_dir() or _occupied(out)):
         raise FileExistsError(f"expected `out` to be a new or empty folder or one of the same command, got {out}")
 
-    table, clip = _tried(config, dataset)
+    table, clip = rehearse(config, dataset)
     pictures = None if dataset is None else look_at_pictures(dataset, config.digest)
     with _writing(out):
         holder.take()
@@ -118,7 +107,7 @@ def _taken_up(out: Path, config: Config, dataset: CompositionDataset | None, hol
     settings = _settings(config, dataset)
     _compare(out, before, settings)
     check_trainer(config.trainer)
-    clip = _identified(wrap(config.encoder))
+    clip = identified(wrap(config.encoder))
     _compare_clips(out, config.encoder, before, clip)
     if dataset is not None and "pictures_digest" in before:
         check_pictures(dataset, before["pictures_digest"], out / PICTURES)
@@ -196,80 +185,6 @@ def _whole_feasibility(
     return {FEASIBILITY: table_sha256(table)}
 
 
-def wanted_rows(config: Config) -> list[Row]:
-    """The rows of the table and the points of the studies that a command asks for."""
-    points = [point for name in config.studies for point in config.study(name).points]
-    return [*config.rows, *points]
-
-
-def _tried(config: Config, dataset: CompositionDataset | None) -> tuple[torch.Tensor | None, dict[str, str]]:
-    """Everything that can be wrong, tried; the feasibility of pairs, where it is asked for, and what the CLIP is."""
-    devices = check_trainer(config.trainer)
-    if dataset is not None:
-        check_validation(dataset)
-    space = shapes_space() if dataset is None else dataset.space
-    images = _training_images(config, dataset, space)
-    encoders = {"none": wrap(config.encoder)}  # each loaded once; models get copies, and put their adapters into them
-    asked = [row.model for row in wanted_rows(config)]
-    bases = [model.base for model in asked if model.base is not None]
-    tried: list[tuple[Any, ...]] = []
-    for trained in dict.fromkeys([*bases, *asked]):
-        options = config.options_of(trained)
-        key = trained.align, trained.stage, options
-        if key not in tried:
-            tried.append(key)
-            behind = trained.stage == "condense"
-            recipe = options.recipe(config.method, config.encoder, trained.align, condenser=behind)
-            if recipe.dense not in encoders:
-                encoders[recipe.dense] = wrap(config.encoder, dense=recipe.dense)
-            model = build(recipe, space.subset(space.pairs[:1]), encoder=deepcopy(encoders[recipe.dense]))
-            _rehearse(model, options, images // devices)
-    table = None if config.world == "closed" else feasibility_table(config, space)
-    if dataset is not None:
-        _decode_all(dataset)
-    return table, _identified(encoders["none"])
-
-
-def _identified(encoder: nn.Module) -> dict[str, str]:
-    return identity(encoder, weights_digest(encoder))
-
-
-def _training_images(config: Config, dataset: CompositionDataset | None, space: CompositionSpace) -> int:
-    if dataset is not None:
-        return len(dataset.samples["train"])
-    assert config.shapes is not None
-    return config.shapes.train_per_pair * int(space.seen_mask.sum())
-
-
-@torch.no_grad()
-def _rehearse(model: Method, options: Options, images: int) -> None:
-    """Look for what training would end by, and score a blank image; ``images`` are those that each device trains on."""
-    assert model.recipe is not None
-    behind = isinstance(model, Condensed)
-    if not behind:
-        check_learning(model, options.epochs, model.recipe.method)
-    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    learns = options.epochs and (not behind or options.joint)
-    if normed and learns and 1 in _sizes(images, options):
-        raise ValueError(
-            "expected `options.batch_size` and `options.micro_batch` that leave no batch of one of "
-            f"{images} images, for batch norm, got {options.batch_size} and {options.micro_batch}"
-        )
-    size = model.encoder.image_size
-    blank = torch.zeros(1, 3, *((size, size) if isinstance(size, int) else size))
-    if isinstance(model, Condensed):
-        model.bank = new_bank(model.space, model.encoder, options.bank)
-    model.eval().scores(blank, model.space.pairs)
-
-
-def _sizes(images: int, options: Options) -> set[int]:
-    """How many images are run at once in an epoch."""
-    batches = {min(options.batch_size, images), images % options.batch_size} - {0}
-    part = options.micro_batch or options.batch_size
-    parts = {min(part, batch) for batch in batches}
-    return parts | {batch % part for batch in batches}
-
-
 def _drawn_dataset(out: Path, config: Config, settings: dict[str, Any]) -> CompositionDataset:
     """The shapes of a folder, drawn where they are not there or not whole; the folder says their digests."""
     assert config.shapes is not None
@@ -305,13 +220,6 @@ def _damage(out: Path, root: Path, settings: dict[str, Any]) -> str:
     return ""
 
 
-def _decode_all(dataset: CompositionDataset) -> None:
-    print(f"decoding all images of {dataset.root} once", file=sys.stderr, flush=True)
-    if broken := broken_images(dataset):
-        more = f" (and {len(broken) - 1} more; czsl check lists them)" if len(broken) > 1 else ""
-        raise DataError(broken[0] + more)
-
-
 def _settings(config: Config, dataset: CompositionDataset | None) -> dict[str, Any]:
     """What is kept in the folder: the configuration, and what the files of the data set say."""
     settings: dict[str, Any] = plain(config.as_dict())
@@ -322,8 +230,8 @@ def _settings(config: Config, dataset: CompositionDataset | None) -> dict[str, A
 
 
 def _compare(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    elsewhere = {*_OF_CLIP, *(_OF_FOLDER if "data_digest" not in wanted else ("pictures_digest", "files"))}
-    found = {name: value for name, value in found.items() if name not in elsewhere}
+    apart = {*_OF_CLIP, *_OF_FOLDER} - ({"data_digest"} if "data_digest" in wanted else set())
+    found = {name: value for name, value in found.items() if name not in apart}
     before, now = (flatten({**OPEN_WORLD, **READING, **settings}) for settings in (found, wanted))
     # A folder of an earlier version lacks the options of later ones, and was run without.
     before = flatten({"options": plain(Options().as_dict())}) | before

@@ -34,6 +34,18 @@ def test_a_second_seed_leaves_the_first_as_it_was(ablation: tuple[Path, dict], s
     assert all((ablation[0] / path).read_bytes() == (small_ablation / path).read_bytes() for path in records)
 
 
+def test_results_that_were_lost_are_made_again_from_the_records(
+    ablation: tuple[Path, dict], configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    out = Path(shutil.copytree(ablation[0], tmp_path / "out"))
+    (out / RESULTS).write_bytes((out / RESULTS).read_bytes()[:-9])
+    monkeypatch.setattr(Stage, "training_step", None)
+    monkeypatch.setattr(Evaluation, "test_step", None)
+    assert run_ablation(out, configured()) == ablation[1]  # of both seeds, though only one is asked for now
+    assert "writes it anew: from the records of its models" in capsys.readouterr().err
+    assert (out / RESULTS).read_bytes() == (ablation[0] / RESULTS).read_bytes()
+
+
 def test_results_hold_every_number_of_every_model(ablation: tuple[Path, dict]) -> None:
     out, results = ablation
     assert results == json.loads((out / RESULTS).read_text())

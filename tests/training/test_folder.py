@@ -17,7 +17,7 @@ from czsl_heads.data import DataError, digest
 from czsl_heads.data.shapes import ShapesSpec
 from czsl_heads.encoders.digest import weights_digest
 from czsl_heads.models.saved import CONFIG
-from czsl_heads.training import folder
+from czsl_heads.training import rehearsal
 from czsl_heads.training.config import configure, configure_model
 from czsl_heads.training.folder import open_folder
 
@@ -112,7 +112,7 @@ def test_a_truncated_image_is_found_before_anything_is_written(configured, data:
 def test_batch_norm_never_sees_one_image_by_itself(
     configured, data: Path, tmp_path: Path, monkeypatch, images: int, devices: int, options: dict, refused: bool
 ) -> None:
-    monkeypatch.setattr(folder, "check_trainer", lambda flags: devices)
+    monkeypatch.setattr(rehearsal, "check_trainer", lambda flags: devices)
     rows = torch.load(data / METADATA, weights_only=True)
     few = [row["image"] for row in rows if row["set"] == "train"][:images]
     keep(data, lambda row: row["set"] != "train" or row["image"] in few)
@@ -193,7 +193,7 @@ def test_a_clip_that_cannot_be_had_is_told_before_an_image_is_decoded(configured
     def decode(dataset) -> None:
         raise AssertionError("an image was decoded")
 
-    monkeypatch.setattr(folder, "_decode_all", decode)
+    monkeypatch.setattr(rehearsal, "_decode_all", decode)
     (tmp_path / "half.pt").write_bytes(b"PK\x03\x04 and nothing else")
     for encoder in ("ViT-B-32-quickgelu:openai", f"ViT-B-32:{tmp_path / 'half.pt'}", "hf:nobody/nothing", "ViT-B-99"):
         with pytest.raises(ValueError, match="expected") as raised:

@@ -69,6 +69,18 @@ def test_asking_for_studies_repeats_no_row_and_trains_what_is_new_once(studies, 
     assert len(list(out.glob("seed0/*/logs/*"))) == len(trained) + 1  # the one that was interrupted
 
 
+def test_studies_of_lost_results_are_found_in_the_records(
+    studies, configured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, results = studies
+    copy = Path(shutil.copytree(out, tmp_path / "out"))
+    (copy / "results.json").write_text("{}")
+    monkeypatch.setattr(Stage, "training_step", None)
+    found = run_ablation(copy, configured())
+    assert found["rows"] == results["rows"]
+    assert found["studies"] == results["studies"]
+
+
 def test_weights_at_their_settings_give_the_rows(studies) -> None:
     _, results = studies
     known, options = rows(results), from_plain(Options, results["config"]["options"], "options")
