@@ -78,14 +78,14 @@ def look_at_pictures(dataset: CompositionDataset, read: PicturesRead, known: Pic
     Args:
         dataset: The data set.
         read: ``"sample"`` reads 64 files, evenly spaced by name: a file of another size is noticed always, one of the
-            same size mostly not. ``"all"`` reads every file.
+            same size mostly not. ``"all"`` reads every file, and the masks of objects where there are any.
         known: What was found before, of the same names. A file whose size and times are as they were is not read.
 
     Raises:
         DataError: A file is gone.
     """
     check_choice("pictures", read, get_args(PicturesRead))
-    files = _picture_files(dataset)
+    files = _picture_files(dataset, masks=read == "all")
     names = sorted(files)
     step = 1 if read == "all" else max(1, len(names) // _SAMPLE)
     stats = np.zeros((len(names), 3), np.int64)
@@ -143,7 +143,7 @@ def check_pictures(dataset: CompositionDataset, recorded: str, index: Path) -> N
         if pictures_digest(dataset, read) != recorded:
             raise DataError(other)
         return
-    known = Pictures.read(index, sorted(_picture_files(dataset)))
+    known = Pictures.read(index, sorted(_picture_files(dataset, masks=True)))
     found = look_at_pictures(dataset, "all", known)
     if found.digest != recorded and known is not None:
         found = look_at_pictures(dataset, "all")  # the index itself may be what is damaged
@@ -162,9 +162,15 @@ def _changed(known: Pictures | None, found: Pictures) -> str:
     return f": {found.names[rows[0]]}{more}" if rows else ""
 
 
-def _picture_files(dataset: CompositionDataset) -> dict[str, str]:
+def _picture_files(dataset: CompositionDataset, *, masks: bool) -> dict[str, str]:
+    """The files of all samples by name, and those of their masks, where a data set has them."""
     samples = [sample for name in SPLITS for sample in dataset.samples[name]]
-    return {sample.name: os.path.join(sample.folder, sample.name) for sample in samples}
+    files = {sample.name: os.path.join(sample.folder, sample.name) for sample in samples}
+    folder = dataset.root / "masks"
+    if masks and folder.is_dir():
+        drawn = [Path(sample.name).with_suffix(".png") for sample in samples]
+        files |= {f"masks: {name}": os.fspath(folder / name) for name in drawn if (folder / name).is_file()}
+    return files
 
 
 def _names_digest(names: list[str]) -> np.ndarray:

@@ -62,6 +62,18 @@ def dataset_of(run: Path, config: dict[str, Any], data: Path | None = None) -> C
     folder = Path(run / "shapes" if config["shapes"] else config["data"]) if data is None else data
     if data is None and not folder.exists():
         raise DataError(f"{folder}: expected the data set of {run}, got nothing; pass --data if it was moved")
+    try:
+        dataset = _same_dataset(run, config, folder)
+    except DataError as error:
+        if data is not None or not config["shapes"]:
+            raise
+        raise DataError(f"{error}; the czsl command of {run}, given again, draws it anew") from error
+    recorded = read_settings(run)
+    return replace(dataset, space=dataset.space.with_words(recorded.get("words", {})))
+
+
+def _same_dataset(run: Path, config: dict[str, Any], folder: Path) -> CompositionDataset:
+    """The data set in a folder, if it is that which a command was given."""
     # The words of prompts were written down: a file of them may be gone, or another by now.
     dataset = read_dataset(folder, **{**reading_of(config), "names": "published"})
     recorded = read_settings(run)
@@ -72,7 +84,7 @@ def dataset_of(run: Path, config: dict[str, Any], data: Path | None = None) -> C
         )
     if "pictures_digest" in recorded:
         check_pictures(dataset, recorded["pictures_digest"], run / PICTURES)
-    return replace(dataset, space=dataset.space.with_words(recorded.get("words", {})))
+    return dataset
 
 
 def one_device(trainer: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -138,8 +139,12 @@ def read_settings(out: Path) -> dict[str, Any]:
 
 
 def _check_name(out: Path) -> None:
-    if "::" in str(out.absolute()):
+    """Refuse what Lightning's loggers would take for another place than it says."""
+    place = os.path.abspath(out)
+    if "::" in place:
         raise ValueError(f"expected `out` without ::, which Lightning reads as an address behind another, got {out}")
+    if os.path.expandvars(place) != place:
+        raise ValueError(f"expected `out` without the name of a variable, which Lightning replaces, got {out}")
 
 
 def _occupied(out: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -164,7 +165,8 @@ def _fitter(
         with quiet():
             return testing_trainer(flags), {}
     options = module.options
-    kept = {name: BestWithin(folder / CHECKPOINTS, name, epochs=count) for name, count in epochs.items()}
+    place = Path(os.path.abspath(folder)) / CHECKPOINTS  # where ~ is a letter like any other
+    kept = {name: BestWithin(place, name, epochs=count) for name, count in epochs.items()}
     batches = math.ceil(len(module.dataset.samples["train"]) / options.batch_size)
     longest = max(epochs.values())
     settings: dict[str, Any] = {"epochs": longest, "batches": batches, "accumulate": options.accumulate}

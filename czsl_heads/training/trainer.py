@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -73,6 +74,7 @@ def fitting_trainer(
         accumulate: Batches in a step of the optimiser.
         flags: Of Lightning's Trainer.
     """
+    folder = Path(os.path.abspath(folder))  # where ~ is a letter like any other
     settings = {**_SETTINGS, **flags, "max_epochs": epochs, "log_every_n_steps": min(10, batches)}
     settings["accumulate_grad_batches"] = accumulate
     settings["plugins"] = [*_listed(flags.get("plugins")), WholeCheckpoints()]

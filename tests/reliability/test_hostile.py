@@ -277,3 +277,13 @@ def test_folders_may_have_names_that_are_no_unicode(czsl, tmp_path):
         answer = czsl(*command, cwd=str(home), seconds=SECONDS)
         assert answer["status"] == 0, answer["said"]
     assert czsl("evaluate", "out", cwd=str(home), seconds=SECONDS)["status"] == 0
+
+
+@pytest.mark.parametrize("name", ["~", "~root", "out with blanks", "{epoch}", "a[1]*?", "%s", "-o", "a:b", "http:"])
+def test_a_run_lies_where_its_name_says_whatever_the_name(czsl, pictures, tmp_path, name):
+    answer = czsl("train", "--data", pictures, f"--out={name}", *TRAIN, cwd=str(tmp_path), seconds=SECONDS)
+    assert answer["status"] == 0, answer["said"]
+    assert os.listdir(tmp_path) == [name]
+    for folder in ("checkpoints", "logs", "tensorboard"):
+        assert (tmp_path / name / "seed0" / "max" / folder).is_dir()
+    assert czsl("evaluate", f"./{name}", cwd=str(tmp_path), seconds=SECONDS)["status"] == 0

@@ -225,6 +225,9 @@ def test_a_name_that_lightning_reads_as_two_addresses_is_refused(configured, tmp
     config = configured("clip", by=configure_model)
     with pytest.raises(ValueError, match=r"expected `out` without ::, which Lightning reads as .*, got a::b"):
         open_folder(Path("a::b"), config)
+    monkeypatch.setenv("CZSL_ELSEWHERE", "/elsewhere")
+    with pytest.raises(ValueError, match=r"expected `out` without the name of a variable, .*, got a\$CZSL_ELSEWHERE"):
+        open_folder(Path("a$CZSL_ELSEWHERE"), config)
     inside = tmp_path / "a::b"
     inside.mkdir()
     monkeypatch.chdir(inside)
@@ -281,7 +284,7 @@ def test_pictures_that_were_not_touched_are_not_read_again(configured, data: Pat
     assert read == [str(picture)]
 
 
-@pytest.mark.parametrize("spoil", ["picture", "labels", "gone"])
+@pytest.mark.parametrize("spoil", ["picture", "mask", "labels", "gone"])
 def test_shapes_that_were_damaged_are_drawn_again(configured, tmp_path: Path, spoil: str, capsys) -> None:
     spec = ShapesSpec(train_per_pair=1, val_per_pair=1, test_per_pair=1)
     config = replace(configured("clip", by=configure_model), data="shapes", shapes=spec)
@@ -291,6 +294,8 @@ def test_shapes_that_were_damaged_are_drawn_again(configured, tmp_path: Path, sp
     settings = (out / CONFIG).read_bytes()
     if spoil == "picture":
         replace_in_silence(sorted((root / "images").rglob("*.png"))[3])
+    elif spoil == "mask":
+        sorted((root / "masks").rglob("*.png"))[3].unlink()
     elif spoil == "labels":
         path = root / SPLIT / "test_pairs.txt"
         path.write_text("\n".join(sorted(path.read_text().split("\n"))[1:]))
