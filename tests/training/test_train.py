@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from czsl_heads._sealed import SEAL, DamagedError
 from czsl_heads.data import CompositionDataset
 from czsl_heads.models.recipe import Recipe, build, from_plain
 from czsl_heads.models.saved import CARD, CONFIG, WEIGHTS, load_model
+from czsl_heads.training.checkpoints import content_digest, read_checkpoint, read_trained
 from czsl_heads.training.evaluate import Evaluation
 from czsl_heads.training.options import Options
 from czsl_heads.training.rows import BankPlan, Readout
@@ -282,3 +284,69 @@ def test_float16_weights_are_refused_before_anything_is_trained() -> None:
     with pytest.raises(ValueError, match=r"expected `trainer.precision` that keeps trained weights out of float16, .*"):
         check_trainer({"precision": "16-true", "accelerator": "cpu"})
     assert check_trainer({"precision": "bf16-true", "accelerator": "cpu"}) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (("last",), "goes on from longer.ckpt, the last good one"),
+        (("best",), "no other one will do: the training starts anew"),
+        (("longer",), "no other one will do: the training starts anew"),
+        (("last", "longer"), "no other one will do: the training starts anew"),
+    ],
+)
+def test_with_two_budgets_a_damaged_checkpoint_changes_no_number(
+    aligned: Path, tmp_path: Path, train, names: tuple[str, ...], told: str, capsys: pytest.CaptureFixture
+) -> None:
+    """Of the chosen epochs only the one that is written last knows what the other one chose."""
+    folder = Path(shutil.copytree(aligned, tmp_path / "max"))
+    (folder / RECORD).unlink()
+    for name in names:
+        path = folder / "checkpoints" / f"{name}.ckpt"
+        whole = bytearray(path.read_bytes())
+        whole[len(whole) // 2] ^= 1
+        path.write_bytes(whole)
+    train(folder, extra_epochs=1)
+    assert told in capsys.readouterr().err
+    for name in KEPT:
+        assert (folder / name).read_bytes() == (aligned / name).read_bytes()
+
+
+def test_a_checkpoint_of_other_tensors_or_without_its_digest_is_told_or_taken(aligned: Path, tmp_path: Path) -> None:
+    path = aligned / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    assert content_digest({name: value for name, value in content.items() if name != SEAL}) == content[SEAL]
+    del content[SEAL]  # of an earlier version
+    torch.save(content, tmp_path / "old.ckpt")
+    assert read_checkpoint(tmp_path / "old.ckpt").keys() == content.keys()
+    torch.save({**content, SEAL: "0"}, tmp_path / "other.ckpt")
+    with pytest.raises(
+        DamagedError, match=r"expected the checkpoint .*other\.ckpt as it was .*, got other content"
+    ):
+        read_checkpoint(tmp_path / "other.ckpt")
+    torch.save([1, 2], tmp_path / "list.ckpt")
+    with pytest.raises(DamagedError, match=r"expected a checkpoint in .*list\.ckpt, got another file"):
+        read_checkpoint(tmp_path / "list.ckpt")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    with pytest.raises(DamagedError, match=r"expected the checkpoint .*text\.ckpt as it was written, got damage \("):
+        read_checkpoint(tmp_path / "text.ckpt")
+    with pytest.raises(DamagedError, match=r"old\.ckpt, got one of other tensors: "):
+        read_trained(tmp_path / "old.ckpt", torch.nn.Linear(2, 2))
+
+
+def test_digests_of_contents_differ_where_contents_do() -> None:
+    plain = {"a": torch.arange(4), "b": [1, 2.0, None, "x", {"c": True}]}
+    same = {"a": torch.arange(4).clone(), "b": (1, 2.0, None, "x", {"c": True})}
+    assert content_digest(plain) == content_digest(same)
+    others = [
+        {**plain, "a": torch.arange(4).view(2, 2)},
+        {**plain, "a": torch.arange(4).int()},
+        {**plain, "a": torch.tensor([0, 1, 2, 4])},
+        {**plain, "b": [1, 2, None, "x", {"c": True}]},
+        {**plain, "b": [1, 2.0, None, "x", {"c": 1}]},
+        {"b": plain["b"], "a": plain["a"]},
+        {**plain, "d": {}},
+        {**plain, "b": [1, [2.0, None, "x", {"c": True}]]},
+    ]
+    digests = {content_digest(other) for other in [plain, *others]}
+    assert len(digests) == len(others) + 1
