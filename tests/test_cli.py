@@ -1,4 +1,4 @@
-"""The `czsl` command as a user runs it: in a process of its own, in a clean folder."""
+"""The `czsl` command as a user runs it: in a clean folder, and mostly in a process of its own."""
 
 import json
 import os
@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -411,7 +413,23 @@ def test_predict_reads_one_image_at_a_time_and_goes_on_behind_a_bad_one(
     assert lines[-1] == f"czsl predict: 2 of 5 images not read: {paths[1]}, {paths[4]}"
 
 
-def test_own_photographs_become_a_data_set(tmp_path: Path) -> None:
+@pytest.fixture
+def here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., SimpleNamespace]:
+    """Runs a command in a clean folder, in this process: a new one takes seconds to start."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> SimpleNamespace:
+        capsys.readouterr()
+        status = main(list(arguments))
+        told = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=told.out, stderr=told.err)
+
+    return run
+
+
+def test_own_photographs_become_a_data_set(here: Callable[..., SimpleNamespace], tmp_path: Path) -> None:
     for attribute in ("wet", "old", "hot"):
         for obj in ("dog", "cat", "fox"):
             (tmp_path / "photos" / attribute / obj).mkdir(parents=True)
@@ -420,46 +438,44 @@ def test_own_photographs_become_a_data_set(tmp_path: Path) -> None:
                 Image.new("RGB", (50, 60), (value, len(attribute), len(obj))).save(
                     tmp_path / "photos" / attribute / obj / f"{number}.png"
                 )
-    made = czsl("import", "photos", "--out", "data", "--copy", cwd=tmp_path)
+    made = here("import", "photos", "--out", "data", "--copy")
     assert made.returncode == 0, made.stderr
     assert "wrote data: 36 rows, 36 pictures, 9 pairs" in made.stdout
-    early = czsl("train", "--data", "data", "--out", "run", cwd=tmp_path)
+    early = here("train", "--data", "data", "--out", "run")
     assert early.returncode == 1
     assert early.stderr.strip().endswith(
         "data: expected a split, got none yet; czsl split " + str(tmp_path / "data") + " draws one"
     )
-    drawn = czsl("split", "data", "--seed", "1", "--unseen", "0.3", cwd=tmp_path)
+    drawn = here("split", "data", "--seed", "1", "--unseen", "0.3")
     assert drawn.returncode == 0, drawn.stderr
     assert "drawn by seed 1" in drawn.stdout
-    checked = czsl("check", "data", "--json", cwd=tmp_path)
+    checked = here("check", "data", "--json")
     assert checked.returncode == 0, checked.stderr
     report = json.loads(checked.stdout)
     assert report["ok"]
     assert sum(report["images"].values()) == 36
-    strange = czsl(
-        "train", "--method", "clip", "--data", "data", "--out", "run", "--trainer.accelerator=cpu", cwd=tmp_path
-    )
+    strange = here("train", "--method", "clip", "--data", "data", "--out", "run", "--trainer.accelerator=cpu")
     assert strange.returncode == 0, strange.stderr
     assert "the encoder tiny knows drawn shapes only, and none of 'hot', 'old', 'wet'" in strange.stderr
-    refused = czsl("check", "data", "--dataset", "cgqa", cwd=tmp_path)
+    refused = here("check", "data", "--dataset", "cgqa")
     assert refused.returncode == 1
     assert "not fit to train on" in refused.stdout
 
     (tmp_path / "data").rename(tmp_path / "moved")
     command = ["train", "--method", "clip", "--data", "moved", "--out", "run", "--trainer.accelerator=cpu"]
-    again = czsl(*command, cwd=tmp_path)
+    again = here(*command)
     assert again.returncode == 0, again.stderr
-    gone = czsl("report", "run", "--images", "1", cwd=tmp_path)
+    gone = here("report", "run", "--images", "1")
     assert gone.returncode == 0, gone.stderr  # the folder knows where the data is now
     (tmp_path / "moved").rename(tmp_path / "data")
-    lost = czsl("report", "run", "--images", "1", cwd=tmp_path)
+    lost = here("report", "run", "--images", "1")
     assert lost.returncode == 1
     assert "pass --data if it was moved" in lost.stderr
-    named = czsl("predict", "old/dog/1.png", "--run", "run", "--data", "data", cwd=tmp_path)
+    named = here("predict", "old/dog/1.png", "--run", "run", "--data", "data")
     assert named.returncode == 0, named.stderr
     Image.new("RGB", (50, 61)).save(tmp_path / "data" / "images" / "old" / "dog" / "1.png")
     for changed in (["report", "run"], ["predict", "x.png", "--run", "run"]):
-        done = czsl(*changed, "--data", "data", cwd=tmp_path)
+        done = here(*changed, "--data", "data")
         assert done.returncode == 1
         assert (
             "with the pictures that run was trained on, got other ones" in done.stderr or "memory bank" in done.stderr
@@ -530,8 +546,10 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "czsl-heads[train]" in capsys.readouterr().err
 
 
-def test_gap_measures_any_encoder_and_any_model(tmp_path: Path, shapes_root: Path) -> None:
-    done = czsl("gap", str(shapes_root), "--out", "gaps", "--limit=20", cwd=tmp_path)
+def test_gap_measures_any_encoder_and_any_model(
+    here: Callable[..., SimpleNamespace], tmp_path: Path, shapes_root: Path
+) -> None:
+    done = here("gap", str(shapes_root), "--out", "gaps", "--limit=20")
     assert done.returncode == 0, done.stderr
     assert "relative modality gap" in done.stdout
     content = json.loads((tmp_path / "gaps" / "gap.json").read_text(encoding="utf-8"))
@@ -541,11 +559,11 @@ def test_gap_measures_any_encoder_and_any_model(tmp_path: Path, shapes_root: Pat
     }
     assert 0 < content["vectors"]["cls"]["relative_modality_gap"] < 1
 
-    refused = czsl("gap", str(shapes_root), "--out", "gaps", "--row=max", cwd=tmp_path)
+    refused = here("gap", str(shapes_root), "--out", "gaps", "--row=max")
     assert refused.returncode == 1
     assert refused.stderr.strip() == "czsl gap: expected `row` with `run` only, got 'max'"
     for given in ("--encoder=tiny", "--context=a"):
-        both = czsl("gap", str(shapes_root), "--out", "gaps", "--run=elsewhere", given, cwd=tmp_path)
+        both = here("gap", str(shapes_root), "--out", "gaps", "--run=elsewhere", given)
         assert "without `run` only, got" in both.stderr
-    nothing = czsl("gap", "nowhere", "--out", "gaps", cwd=tmp_path)
+    nothing = here("gap", "nowhere", "--out", "gaps")
     assert nothing.stderr.strip() == "czsl gap: nowhere: expected the folder of a data set, got nothing"

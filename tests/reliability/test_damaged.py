@@ -115,11 +115,14 @@ def answers(czsl, pictures, whole):
         "evaluate": ("evaluate", out, "--out", found / "evaluation.json"),
         "predict": ("predict", image, "--run", out, "--out", found),
         "tune": ("tune", out),
+        "report": ("report", out, "--images", 1, "--out", found / "report.html"),
+        "gap": ("gap", pictures, "--run", out, "--out", found),
     }
 
     def ask(command: str) -> tuple[dict, dict[str, bytes]]:
         shutil.rmtree(found, ignore_errors=True)
         found.mkdir()
+        (out / "tune.json").unlink(missing_ok=True)
         answer = czsl(*commands[command])
         written = {path.name: path.read_bytes() for path in found.iterdir()}
         if (out / "tune.json").exists():
@@ -129,9 +132,12 @@ def answers(czsl, pictures, whole):
     return {command: ask(command) for command in commands}, ask
 
 
-@pytest.mark.parametrize("how", ["cut", "flipped", "another"])
+READERS = [(command, how) for command in ("evaluate", "predict", "tune") for how in DAMAGES]
+READERS += [("report", "flipped"), ("gap", "flipped")]  # which look at more, and take longer
+
+
+@pytest.mark.parametrize(("command", "how"), READERS)
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("command", ["evaluate", "predict", "tune"])
 def test_a_command_on_a_damaged_run_says_what_is_wrong_or_the_same_as_before(whole, answers, command, name, how):
     known, ask = answers
     out = restore(whole)

@@ -320,9 +320,7 @@ def test_a_checkpoint_of_other_tensors_or_without_its_digest_is_told_or_taken(al
     torch.save(content, tmp_path / "old.ckpt")
     assert read_checkpoint(tmp_path / "old.ckpt").keys() == content.keys()
     torch.save({**content, SEAL: "0"}, tmp_path / "other.ckpt")
-    with pytest.raises(
-        DamagedError, match=r"expected the checkpoint .*other\.ckpt as it was .*, got other content"
-    ):
+    with pytest.raises(DamagedError, match=r"expected the checkpoint .*other\.ckpt as it was .*, got other content"):
         read_checkpoint(tmp_path / "other.ckpt")
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(DamagedError, match=r"expected a checkpoint in .*list\.ckpt, got another file"):
