@@ -593,6 +593,16 @@ def caches_epoch() -> str:
     return f"{benchmark('caches')['epochs']['share_of_time']:.2f}"
 
 
+def whole_files_facts() -> str:
+    found = benchmark("whole_files")
+    times, looks = found["checkpoints"], found["looks"]
+    return (
+        f"A checkpoint of {found['megabytes']} MB takes {times['write']:.2f} times as long to write as Lightning's, "
+        f"and {times['read']:.2f} times as long to read. To look again at {looks['pictures']:,} pictures of "
+        f"{looks['kilobytes']} kB takes {100 * looks['again_over_all']:.0f} % of the time to read them all from memory"
+    )
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "encoders.md": {
         "families": families_table,
@@ -650,6 +660,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "reading": reading_facts,
         "caches": caches_table,
         "caches-epoch": caches_epoch,
+        "whole-files": whole_files_facts,
         "experts": of_gap("experts_table"),
         "experts-share": of_gap("experts_share"),
     },

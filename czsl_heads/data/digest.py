@@ -21,6 +21,7 @@ PicturesRead = Literal["sample", "all"]
 PICTURES = "pictures.npz"  # what a folder of results knows of each picture
 _SAMPLE = 64  # pictures whose bytes are hashed
 _DIGEST_BYTES = 16
+_PART = 256  # files that a thread asks for at once
 
 
 def labels_digest(root: Path, split: str = SPLIT_NAME) -> str:
@@ -49,8 +50,11 @@ class Pictures:
     def digest(self) -> str:
         """The kind, and SHA-256 over names, sizes and contents: ``"sample:0f3c..."``."""
         whole = hashlib.sha256()
-        for name, (size, *_), content in zip(self.names, self.stats.tolist(), self.contents):
-            digest = content.tobytes().hex() if content.any() else ""
+        content = self.contents.tobytes().hex()
+        read = (self.contents != 0).any(axis=1)
+        for number, (name, (size, *_)) in enumerate(zip(self.names, self.stats.tolist())):
+            start = 2 * _DIGEST_BYTES * number
+            digest = content[start : start + 2 * _DIGEST_BYTES] if read[number] else ""
             whole.update(f"{name}\0{size}\0{digest}\n".encode("utf-8", "surrogateescape"))
         return f"{self.kind}:{whole.hexdigest()}"
 
@@ -87,21 +91,21 @@ def look_at_pictures(dataset: CompositionDataset, read: PicturesRead, known: Pic
     check_choice("pictures", read, get_args(PicturesRead))
     files = _picture_files(dataset, masks=read == "all")
     names = sorted(files)
-    step = 1 if read == "all" else max(1, len(names) // _SAMPLE)
-    stats = np.zeros((len(names), 3), np.int64)
-    contents = np.zeros((len(names), _DIGEST_BYTES), np.uint8)
+    paths = [files[name] for name in names]
+    with ThreadPoolExecutor() as pool:  # waiting for files, reading and hashing release the interpreter's lock
+        parts = [paths[start : start + _PART] for start in range(0, len(paths), _PART)]
+        stats = np.array([stat for part in pool.map(_stats, parts) for stat in part], np.int64).reshape(-1, 3)
 
-    def look(number: int) -> None:
-        path = files[names[number]]
-        stats[number] = _stat(path)
-        if known is not None and (stats[number] == known.stats[number]).all():
-            contents[number] = known.contents[number]
-        elif number % step == 0:
-            contents[number] = np.frombuffer(bytes.fromhex(file_digest(path)), np.uint8)
-
-    with ThreadPoolExecutor() as pool:  # reading and hashing release the interpreter's lock
-        for _ in pool.map(look, range(len(names))):
-            pass
+        contents = np.zeros((len(names), _DIGEST_BYTES), np.uint8)
+        wanted = np.zeros(len(names), bool)
+        wanted[:: 1 if read == "all" else max(1, len(names) // _SAMPLE)] = True
+        if known is not None:
+            same = (stats == known.stats).all(axis=1)
+            contents[same] = known.contents[same]
+            wanted &= ~same
+        numbers = wanted.nonzero()[0].tolist()
+        for number, digest in zip(numbers, pool.map(file_digest, [paths[number] for number in numbers])):
+            contents[number] = np.frombuffer(bytes.fromhex(digest), np.uint8)
     return Pictures(read, names, stats, contents)
 
 
@@ -190,6 +194,10 @@ def file_digest(path: str) -> str:
             return hashlib.blake2b(file.read(), digest_size=_DIGEST_BYTES).hexdigest()
     except OSError as error:
         raise DataError(f"{path}: expected an image file, got one that cannot be read ({error.strerror})") from error
+
+
+def _stats(paths: list[str]) -> list[tuple[int, int, int]]:
+    return [_stat(path) for path in paths]
 
 
 def _stat(path: str) -> tuple[int, int, int]:

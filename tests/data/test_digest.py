@@ -1,9 +1,11 @@
+import hashlib
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from czsl_heads.data import DataError, read_dataset
-from czsl_heads.data.digest import labels_digest, pictures_digest
+from czsl_heads.data.digest import Pictures, labels_digest, look_at_pictures, pictures_digest
 from tests.data.animals import picture
 
 
@@ -35,3 +37,30 @@ def test_a_picture_that_is_gone_is_named(root):
     (root / "images" / "wet_dog" / "1.png").unlink()
     with pytest.raises(DataError, match=r"1.png: expected an image file, got one that cannot be read"):
         pictures_digest(dataset)
+
+
+@pytest.mark.parametrize("read", ["sample", "all"])
+@pytest.mark.parametrize("count", [1, 3, 64, 65, 300])
+def test_the_digest_is_that_of_a_plain_loop(tmp_path, read, count):
+    samples = []
+    for number in range(count):
+        path = tmp_path / f"{number}.png"
+        path.write_bytes(bytes([number % 256]) * (number % 7))
+        samples.append(SimpleNamespace(name=path.name, folder=str(tmp_path)))
+    dataset = SimpleNamespace(root=tmp_path, samples={"train": samples, "val": [], "test": samples[:1]})
+
+    names = sorted(sample.name for sample in samples)
+    step = 1 if read == "all" else max(1, count // 64)
+    whole = hashlib.sha256()
+    for number, name in enumerate(names):
+        content = (tmp_path / name).read_bytes()
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest() if number % step == 0 else ""
+        whole.update(f"{name}\0{len(content)}\0{digest}\n".encode())
+    assert pictures_digest(dataset, read) == f"{read}:{whole.hexdigest()}"
+
+    found = look_at_pictures(dataset, read)
+    found.write(tmp_path / "index")
+    known = Pictures.read(tmp_path / "index", names)
+    assert look_at_pictures(dataset, "all", known if read == "all" else None).digest == pictures_digest(dataset, "all")
+    assert Pictures.read(tmp_path / "index", names[1:]) is None
+    assert Pictures.read(tmp_path / "nothing", names) is None
