@@ -12,7 +12,7 @@ import stat
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,14 +35,15 @@ def whole_file(path: Path) -> Iterator[Path]:
         OSError: It cannot be written; the error names ``path``.
     """
     temporary = _unfinished(path)
-    with _naming(path, temporary):
+    with naming(path, temporary):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_unfinished(path.parent)
         try:
             yield temporary
             _settle(temporary)
             temporary.replace(path)
-            _settle(path.parent)
+            with suppress(PermissionError):  # of a folder that may be written to, but not read
+                _settle(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -62,7 +63,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"expected `out` to be a folder that can be written, got {path} ({error.strerror})") from error
     try:
-        with _naming(path, temporary):
+        with naming(path, temporary):
             yield temporary
             if path.exists():
                 path.rmdir()
@@ -74,7 +75,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def remove_unfinished(folder: Path) -> None:
     """Remove what processes of this machine that are no more left in a folder, half written."""
     prefix = f"{_UNFINISHED}-{_host()}-"
-    for name in os.listdir(folder):
+    try:
+        names = os.listdir(folder)
+    except PermissionError:
+        return  # of a folder that may be written to, but not read
+    for name in names:
         if not name.startswith(prefix):
             continue
         pid = name.removeprefix(prefix).partition("-")[0]
@@ -127,12 +132,13 @@ def _settle(path: Path) -> None:
 
 
 @contextmanager
-def _naming(path: Path, temporary: Path) -> Iterator[None]:
+def naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """Errors that name no file, as those of a full disk, or that name the temporary one, name this path."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename not in (None, os.fspath(temporary)):
+        known = error.filename is not None and error.filename != str(temporary)
+        if error.errno is None or known:
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 

@@ -108,6 +108,15 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(mine)
 
 
+def test_a_folder_that_may_not_be_read_can_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", refused)
+    write_text(tmp_path / "note.txt", "new")
+    assert (tmp_path / "note.txt").read_text(encoding="utf-8") == "new"
+
+
 @pytest.mark.parametrize("name", ["a" * 255, "ä" * 127, "[a]*?.txt"])
 def test_any_name_that_a_file_may_have_can_be_written(tmp_path: Path, name: str) -> None:
     write_text(tmp_path / name, "new")

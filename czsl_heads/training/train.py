@@ -11,7 +11,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from czsl_heads._files import flatten, plain
+from czsl_heads._files import flatten, naming, plain
 from czsl_heads._sealed import DamagedError, check_files, file_sha256, read_sealed, write_sealed
 from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.models.condensed import Condensed
@@ -88,7 +88,7 @@ def train_model(
     fitter, checkpoints = _fitter(folder, module, epochs, trainer or {})
 
     results: dict[str, Any] = {}
-    with quiet(), interruptible():
+    with quiet(), interruptible(), naming(folder):
         if epochs["best"]:
             start = last_good(folder / CHECKPOINTS, [*checkpoints], module, say)
             fitter.fit(module, ckpt_path=start, weights_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -107,8 +108,9 @@ _UNASKED = (
 def quiet() -> Iterator[None]:
     """Without Lightning's advice on what is decided here, and its notes on the hardware."""
     logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
+    level, told = logger.level, threading.excepthook
     logger.setLevel(logging.WARNING)
+    threading.excepthook = _told_once
     try:
         with warnings.catch_warnings():
             for words in _UNASKED:
@@ -116,6 +118,13 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        threading.excepthook = told
+
+
+def _told_once(found: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread: what that meets, such as a full disk, is raised again in the main one."""
+    if not isinstance(found.exc_value, OSError):
+        threading.__excepthook__(found)
 
 
 @contextmanager
