@@ -140,6 +140,10 @@ def read_settings(out: Path) -> dict[str, Any]:
 
 def _check_name(out: Path) -> None:
     """Refuse what Lightning's loggers would take for another place than it says."""
+    try:
+        str(out).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected `out` of Unicode, which TensorBoard's log asks for, got {str(out)!a}") from error
     place = os.path.abspath(out)
     if "::" in place:
         raise ValueError(f"expected `out` without ::, which Lightning reads as an address behind another, got {out}")

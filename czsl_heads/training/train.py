@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from czsl_heads.training.rows import BankPlan, Readout
 from czsl_heads.training.stage import Stage
 from czsl_heads.training.summary import numbers_of
 from czsl_heads.training.trainer import (
+    beyond_home,
     check_trainer,
     fitting_trainer,
     interruptible,
@@ -165,7 +165,7 @@ def _fitter(
         with quiet():
             return testing_trainer(flags), {}
     options = module.options
-    place = Path(os.path.abspath(folder)) / CHECKPOINTS  # where ~ is a letter like any other
+    place = beyond_home(folder) / CHECKPOINTS
     kept = {name: BestWithin(place, name, epochs=count) for name, count in epochs.items()}
     batches = math.ceil(len(module.dataset.samples["train"]) / options.batch_size)
     longest = max(epochs.values())

@@ -75,7 +75,7 @@ def fitting_trainer(
         accumulate: Batches in a step of the optimiser.
         flags: Of Lightning's Trainer.
     """
-    folder = Path(os.path.abspath(folder))  # where ~ is a letter like any other
+    folder = beyond_home(folder)
     settings = {**_SETTINGS, **flags, "max_epochs": epochs, "log_every_n_steps": min(10, batches)}
     settings["accumulate_grad_batches"] = accumulate
     settings["plugins"] = [*_listed(flags.get("plugins")), WholeCheckpoints()]
@@ -85,6 +85,11 @@ def fitting_trainer(
         # Each attempt gets its own log folder: what an interrupted one logged is kept.
         loggers = [CSVLogger(folder, name="logs"), TensorBoardLogger(folder, name="tensorboard")]
         return lightning.Trainer(**settings, callbacks=[*best, last], logger=loggers)
+
+
+def beyond_home(folder: Path) -> Path:
+    """The same folder under a name that Lightning does not take for somebody's home, as it does ``~``."""
+    return Path(os.path.abspath(folder)) if str(folder).startswith("~") else folder
 
 
 def _listed(plugins: Any) -> list[Any]:

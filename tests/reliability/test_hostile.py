@@ -275,7 +275,7 @@ def test_folders_may_have_names_that_are_no_unicode(czsl, tmp_path):
     command = ("train", "--data", "pictures", "--out", "out", *TRAIN)
     for _ in range(2):
         answer = czsl(*command, cwd=str(home), seconds=SECONDS)
-        assert answer["status"] == 0, answer["said"]
+        assert answer["status"] == 0, ascii(answer["said"])
     assert czsl("evaluate", "out", cwd=str(home), seconds=SECONDS)["status"] == 0
 
 

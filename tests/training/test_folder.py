@@ -228,6 +228,8 @@ def test_a_name_that_lightning_reads_as_two_addresses_is_refused(configured, tmp
     monkeypatch.setenv("CZSL_ELSEWHERE", "/elsewhere")
     with pytest.raises(ValueError, match=r"expected `out` without the name of a variable, .*, got a\$CZSL_ELSEWHERE"):
         open_folder(Path("a$CZSL_ELSEWHERE"), config)
+    with pytest.raises(ValueError, match=r"expected `out` of Unicode, .*, got 'caf\\udce9'"):
+        open_folder(Path("caf\udce9"), config)
     inside = tmp_path / "a::b"
     inside.mkdir()
     monkeypatch.chdir(inside)
