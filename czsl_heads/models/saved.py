@@ -145,8 +145,10 @@ def read_saved(folder: Path) -> dict[str, Any]:
         if (folder / RECORD).is_file():
             check_files(folder, read_sealed(folder / RECORD).get("files", {}))
     except DamagedError as error:
-        way_out = "the czsl command of its run, given again" if (folder / RECORD).exists() else "another copy"
-        raise DamagedError(f"expected `folder` of a trained model, got {folder} ({error}); {way_out} has it") from error
+        way_out = "take another copy"
+        if (folder / RECORD).exists():
+            way_out = "the czsl command of its run, given again, makes it anew"
+        raise DamagedError(f"expected `folder` of a trained model, got {folder} ({error}); {way_out}") from error
     except OSError as error:
         raise ValueError(f"expected `folder` of a trained model, got {folder} ({error})") from error
     return content
