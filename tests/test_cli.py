@@ -36,6 +36,22 @@ def czsl(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=ONE_THREAD)
 
 
+@pytest.fixture
+def here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> Callable[..., SimpleNamespace]:
+    """Runs a command in a clean folder, in this process: a new one takes seconds to start."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> SimpleNamespace:
+        capsys.readouterr()
+        status = main(list(arguments))
+        told = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=told.out, stderr=told.err)
+
+    return run
+
+
 def test_make_shapes_writes_a_data_set_that_check_accepts(tmp_path: Path) -> None:
     sizes = ["--train_per_pair=1", "--val_per_pair=1", "--test_per_pair=2"]
     made = czsl("make-shapes", "--out", "world", *sizes, "--seed=3", "--imbalance=0.2", cwd=tmp_path)
@@ -124,9 +140,11 @@ def test_wrong_input_ends_in_one_line_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_an_interrupted_ablation_is_resumed_by_the_same_command(tmp_path: Path, shapes_root: Path) -> None:
+def test_an_interrupted_ablation_is_resumed_by_the_same_command(
+    here: Callable[..., SimpleNamespace], tmp_path: Path, shapes_root: Path
+) -> None:
     command = ["ablate", "--data", str(shapes_root), *FAST]
-    whole = czsl(*command, "--out", "whole", cwd=tmp_path)
+    whole = here(*command, "--out", "whole")
     assert whole.returncode == 0, whole.stderr
     for name in ("results.json", "ablation.md", "curves.png"):
         assert (tmp_path / "whole" / name).stat().st_size > 0
@@ -151,7 +169,7 @@ def test_an_interrupted_ablation_is_resumed_by_the_same_command(tmp_path: Path, 
     assert "interrupted; the same command resumes it" in errors
     assert not (tmp_path / "cut" / "results.json").exists()
 
-    resumed = czsl(*command, "--out", "cut", cwd=tmp_path)
+    resumed = here(*command, "--out", "cut")
     assert resumed.returncode == 0, resumed.stderr
     results = [json.loads((tmp_path / out / "results.json").read_text(encoding="utf-8")) for out in ("whole", "cut")]
     assert results[0]["rows"] == results[1]["rows"]
@@ -411,22 +429,6 @@ def test_predict_reads_one_image_at_a_time_and_goes_on_behind_a_bad_one(
     assert f"czsl predict: {paths[1]}: expected an image, got a file of another kind" in lines
     assert f"czsl predict: {paths[4]}: expected an image file, got none" in lines
     assert lines[-1] == f"czsl predict: 2 of 5 images not read: {paths[1]}, {paths[4]}"
-
-
-@pytest.fixture
-def here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> Callable[..., SimpleNamespace]:
-    """Runs a command in a clean folder, in this process: a new one takes seconds to start."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> SimpleNamespace:
-        capsys.readouterr()
-        status = main(list(arguments))
-        told = capsys.readouterr()
-        return SimpleNamespace(returncode=status, stdout=told.out, stderr=told.err)
-
-    return run
 
 
 def test_own_photographs_become_a_data_set(here: Callable[..., SimpleNamespace], tmp_path: Path) -> None:
