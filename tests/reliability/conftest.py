@@ -98,3 +98,10 @@ def content(out: Path) -> dict[str, bytes]:
     """Every file of a run that is read again, by its name below the folder."""
     files = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
     return {str(name): (out / name).read_bytes() for name in files if not set(name.parts) & set(LOGS)}
+
+
+def whole_run(czsl, pictures: Path, out: Path) -> tuple[Path, dict[str, bytes], list[str]]:
+    """A run that nothing happens to: its folder, its files, and the changes that it makes there, in order."""
+    answer = czsl("train", "--data", pictures, "--out", out, *TRAIN, roots=[str(out)])
+    assert answer["status"] == 0, answer["said"]
+    return out, content(out), answer["seen"]

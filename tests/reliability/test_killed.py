@@ -5,17 +5,13 @@ import shutil
 import pytest
 
 from czsl_heads.models.saved import RECORD, RESULTS
-from tests.reliability.conftest import TRAIN, content
+from tests.reliability.conftest import TRAIN, content, whole_run
 from tests.reliability.server import KILLED
 
 
 @pytest.fixture(scope="module")
 def whole(czsl, pictures, tmp_path_factory):
-    """A run that nothing happens to: its folder's place, its files, and the changes that it makes, in order."""
-    out = tmp_path_factory.mktemp("killed") / "out"
-    answer = czsl("train", "--data", pictures, "--out", out, *TRAIN, roots=[str(out)])
-    assert answer["status"] == 0, answer["said"]
-    return out, content(out), answer["seen"]
+    return whole_run(czsl, pictures, tmp_path_factory.mktemp("killed") / "out")
 
 
 def killed_and_resumed(czsl, pictures, whole, at: int) -> None:

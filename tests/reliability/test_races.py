@@ -16,7 +16,7 @@ from czsl_heads.data import make_shapes, read_dataset
 from czsl_heads.models.saved import CONFIG, RECORD, RESULTS
 from czsl_heads.training import holder
 from czsl_heads.training.holder import HOLDER, LOCK, FolderBusyError, Holder
-from tests.reliability.conftest import ROOT, TRAIN, Server, content
+from tests.reliability.conftest import ROOT, TRAIN, Server, content, whole_run
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,7 @@ def other():
 
 @pytest.fixture(scope="module")
 def whole(czsl, pictures, tmp_path_factory):
-    """Where runs go, what one writes that is alone, and the changes that it makes, in order."""
-    out = tmp_path_factory.mktemp("races") / "out"
-    answer = czsl("train", "--data", pictures, "--out", out, *TRAIN, roots=[str(out)])
-    assert answer["status"] == 0, answer["said"]
-    return out, content(out), answer["seen"]
+    return whole_run(czsl, pictures, tmp_path_factory.mktemp("races") / "out")
 
 
 def wait_for(path: Path, seconds: float = 60) -> str:
