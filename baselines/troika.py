@@ -336,6 +336,11 @@ class Troika(Method):
         self.checkpoint, self._was_trained = checkpoint, False
         add_bottlenecks(encoder, dim=adapter_dim, dropout=adapter_dropout)  # last: it changes what was passed in
 
+    @property
+    def scores_apart(self) -> bool:
+        """Unless the best of all pairs is asked for, or copies are counted."""
+        return self.disentangle != "winner" and not self.quirks.text_chunk
+
     def texts(self, pairs: Tensor) -> TextFeatures:
         """Unit text features before traction."""
         return self.prompts.texts(pairs)

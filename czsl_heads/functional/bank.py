@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -103,6 +105,22 @@ def row_counts(pair_index: Tensor, num_pairs: int) -> Tensor:
         tensor([1, 0, 2, 1])
     """
     return pair_index.new_zeros(num_pairs + 1).index_add(0, pair_index, torch.ones_like(pair_index))
+
+
+class Judged(NamedTuple):
+    """What a memory bank asks of predictions: all that decides on which vectors it keeps.
+
+    Attributes:
+        rows: The pair of each vector, long ``[batch]``; the number of pairs marks one that is not stored.
+        entropy: ``[batch]``.
+        finite: Whether the prediction is, bool ``[batch]``.
+        good: Whether the batch that it came in has no fault, bool ``[batch]``.
+    """
+
+    rows: Tensor
+    entropy: Tensor
+    finite: Tensor
+    good: Tensor
 
 
 def prediction_entropy(probs: Tensor) -> Tensor:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
+from itertools import pairwise
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from czsl_heads._checks import check_integer, check_kind, check_shapes, check_tensor
-from czsl_heads.functional.score_statistics_op import FIRST_BIAS, Gathering, Layout, lay_out
+from czsl_heads.functional.score_statistics_op import FIRST_BIAS, Found, Gathering, Layout, finish, join, lay_out
 
 Scores: TypeAlias = Tensor | Iterable[tuple[int, Tensor]]
 
@@ -33,6 +35,20 @@ class ScoreStatistics(NamedTuple):
     negatives: Tensor
     best_seen: Tensor
     primitives: Tensor
+
+
+class PartialStatistics(NamedTuple):
+    """What some of the columns say of samples ``n``, until :func:`merge_statistics` has the others.
+
+    Attributes:
+        target: Column of the true pair ``[n]``.
+        found: What the columns say.
+        spans: First column, and the one after the last, of each run of columns.
+    """
+
+    target: Tensor
+    found: Found
+    spans: tuple[tuple[int, int], ...]
 
 
 class PairColumns:
@@ -130,6 +146,21 @@ def score_statistics(
         tensor([[ True,  True],
                 [False,  True]])
     """
+    return merge_statistics([partial_statistics(scores, target_pair, columns, topk=topk, name=name)], columns)
+
+
+def partial_statistics(
+    scores: Scores, target_pair: Tensor, columns: PairColumns, *, topk: int = 1, name: str = "target_pair"
+) -> PartialStatistics:
+    """What some of the columns say, where no process has them all; :func:`merge_statistics` joins them.
+
+    Args:
+        scores: An iterable of ``(first_column, block)``, or a tensor of all columns.
+        target_pair, columns, topk, name: As in :func:`score_statistics`; the true column may be another process's.
+
+    Raises:
+        TypeError, ValueError: As :func:`score_statistics`, but columns may be missing.
+    """
     check_tensor(name, target_pair, dtypes=(torch.long,))
     check_shapes(**{name: (target_pair, "samples")})
     check_kind("columns", columns, PairColumns)
@@ -137,22 +168,61 @@ def score_statistics(
     _check_targets(name, target_pair, columns.candidates)
 
     gathering: Gathering | None = None
-    covered = torch.zeros(len(columns), dtype=torch.bool)
+    spans: list[tuple[int, int]] = []
     for first, block in _blocks(scores, len(target_pair)):
         last = first + block.shape[1]
         if first < 0 or last > len(columns):
             raise ValueError(f"expected `scores` of {len(columns)} columns, got columns {first} to {last - 1}")
-        if covered[first:last].any():
-            raise ValueError(f"expected `scores` to cover each column once, got columns from {first} on again")
-        covered[first:last] = True
+        spans.append((first, last))
+        _check_once(spans)
         if gathering is None:
             gathering = Gathering(target_pair.to(block.device), columns.num_buckets, columns.biases, topk)
         gathering.add(block, columns.layout(first, block.shape[1], block.device))
+    if gathering is None:
+        gathering = Gathering(target_pair, columns.num_buckets, columns.biases, topk)
+    return PartialStatistics(gathering.target, gathering.found, tuple(spans))
 
-    if gathering is None or not covered.all():
+
+def merge_statistics(parts: Sequence[PartialStatistics], columns: PairColumns) -> ScoreStatistics:
+    """The statistics of samples from what all columns say of them: equal to the bit to those of one pass.
+
+    Args:
+        parts: Of the same samples, by :func:`partial_statistics`; together they cover each column once.
+        columns: What the columns are.
+
+    Raises:
+        ValueError: There is no part, the parts are of other samples, or a column is missing or there twice.
+
+    Example:
+        >>> columns = PairColumns(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), torch.tensor([True, False, False]))
+        >>> scores, target = torch.tensor([[0.4, 0.7, 0.3]]), torch.tensor([1])
+        >>> parts = [partial_statistics([(first, scores[:, first:first + 1])], target, columns) for first in range(3)]
+        >>> merge_statistics(parts, columns).score
+        tensor([0.7000])
+    """
+    if not parts:
+        raise ValueError("expected `parts` to hold statistics, got none")
+    target = parts[0].target
+    for part in parts:
+        if not torch.equal(part.target, target):
+            raise ValueError("expected `parts` of the same samples, got others")
+    spans = [span for part in parts for span in part.spans]
+    _check_once(spans)
+    covered = torch.zeros(len(columns), dtype=torch.bool)
+    for first, last in spans:
+        covered[first:last] = True
+    if not spans or not covered.all():
         missing = int((~covered).nonzero()[0]) if len(columns) else 0
         raise ValueError(f"expected `scores` to cover all {len(columns)} columns, got none for column {missing}")
-    return ScoreStatistics(*gathering.finish(columns.attr, columns.obj))
+    found = reduce(join, (part.found for part in parts))
+    return ScoreStatistics(*finish(found, target, (columns.attr, columns.obj)))
+
+
+def _check_once(spans: Sequence[tuple[int, int]]) -> None:
+    ordered = sorted(spans)
+    for before, after in pairwise(ordered):
+        if before[1] > after[0]:
+            raise ValueError(f"expected `scores` to cover each column once, got columns from {after[0]} on again")
 
 
 def _check_targets(name: str, target: Tensor, candidates: Tensor) -> None:

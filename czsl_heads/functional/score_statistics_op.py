@@ -82,6 +82,54 @@ def lay_out(groups: Tensor, num_groups: int, first: int) -> Layout:
     )
 
 
+class Found(NamedTuple):
+    """What some of the columns say of samples ``n``: enough to be joined with what the other columns say.
+
+    Attributes:
+        score: Of the true pair ``[n]``; NaN where its column is another one.
+        unranked: Whether a score is NaN or +inf, bool ``[n]``.
+        negatives: The best scores of wrong candidates ``[n, 1 + buckets, 2, k]``: among seen pairs, and among each
+            bucket of unseen ones, those before the true column and those after.
+        best_seen: Of seen pairs ``[n, k]``.
+        top_scores, top_columns: The best candidates at each bias, and their columns ``[n, biases, k]``.
+    """
+
+    score: Tensor
+    unranked: Tensor
+    negatives: Tensor
+    best_seen: Tensor
+    top_scores: Tensor
+    top_columns: Tensor
+
+
+def join(found: Found, other: Found) -> Found:
+    """What the columns of both say."""
+    k = found.best_seen.shape[1]
+    columns, order = torch.cat([found.top_columns, other.top_columns], dim=2).sort(dim=2, stable=True)
+    scores = torch.cat([found.top_scores, other.top_scores], dim=2).gather(2, order)
+    best, rank = _first_largest(scores, k)
+    return Found(
+        score=torch.where(found.score.isnan(), other.score, found.score),
+        unranked=found.unranked | other.unranked,
+        negatives=merged(found.negatives, other.negatives),
+        best_seen=merged(found.best_seen, other.best_seen),
+        top_scores=best,
+        top_columns=columns.gather(2, rank),
+    )
+
+
+def finish(found: Found, target: Tensor, primitives: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Target, score, negatives, best seen score, and whether the ``primitives`` of columns are right."""
+    ranked = found.top_scores > -torch.inf
+    hits = []
+    for primitive in primitives:
+        primitive = primitive.to(target.device)
+        right = primitive[found.top_columns] == primitive[target][:, None, None]
+        hits.append((right & ranked).any(dim=2))
+    score = found.score.masked_fill(found.unranked, torch.nan)
+    return target, score, found.negatives.flatten(1, 2), found.best_seen[:, -1], torch.stack(hits, dim=2)
+
+
 class Gathering:
     """Statistics under construction, on the device of the scores; primitives at each of ``biases``."""
 
@@ -95,6 +143,11 @@ class Gathering:
         self.unranked = torch.zeros(samples, dtype=torch.bool, device=device)
         self.top_scores = torch.full((samples, len(biases), topk), -torch.inf, **kind)
         self.top_columns = torch.zeros((samples, len(biases), topk), dtype=torch.long, device=device)
+
+    @property
+    def found(self) -> Found:
+        """What the blocks so far say."""
+        return Found(self.score, self.unranked, self.negatives, self.best_seen, self.top_scores, self.top_columns)
 
     def add(self, block: Tensor, layout: Layout) -> None:
         own_tiles = self.negatives.shape[1] * self.topk * layout.places.shape[1]
@@ -160,17 +213,6 @@ class Gathering:
             pool, order = torch.cat(columns, dim=1).sort(dim=1, stable=True)
             values, rank = _first_largest(torch.cat(scores, dim=1).gather(1, order), self.topk)
             self.top_scores[part, point], self.top_columns[part, point] = values, pool.gather(1, rank)
-
-    def finish(self, *primitives: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Target, score, negatives, best seen score, and whether the ``primitives`` of columns are right."""
-        found = self.top_scores > -torch.inf
-        hits = []
-        for primitive in primitives:
-            primitive = primitive.to(self.target.device)
-            right = primitive[self.top_columns] == primitive[self.target][:, None, None]
-            hits.append((right & found).any(dim=2))
-        score = self.score.masked_fill(self.unranked, torch.nan)
-        return self.target, score, self.negatives.flatten(1, 2), self.best_seen[:, -1], torch.stack(hits, dim=2)
 
 
 class _Tiles:
@@ -238,7 +280,7 @@ def merged(known: Tensor, found: Tensor) -> Tensor:
 def _first_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` largest values and their indices, the lowest index first among equals (topk promises no order)."""
     if k == 1:
-        best, index = values.max(dim=1, keepdim=True)
+        best, index = values.max(dim=-1, keepdim=True)
         return best, index
-    ordered, order = values.sort(dim=1, descending=True, stable=True)
-    return ordered[:, :k], order[:, :k]
+    ordered, order = values.sort(dim=-1, descending=True, stable=True)
+    return ordered[..., :k], order[..., :k]

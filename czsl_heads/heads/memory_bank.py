@@ -20,7 +20,7 @@ from czsl_heads._checks import (
     check_shapes,
     check_tensor,
 )
-from czsl_heads.functional.bank import first_argmax, prediction_entropy, row_counts
+from czsl_heads.functional.bank import Judged, first_argmax, prediction_entropy, row_counts
 from czsl_heads.functional.retrieval import Empty, retrieve, retrieve_prototypes
 from czsl_heads.functional.slot_table import SlotTable
 from czsl_heads.functional.text_rows import TextRows, unit_texts
@@ -249,17 +249,34 @@ class DynamicMemoryBank(nn.Module):
         self._check_rows("features", features, pair_index)
         check_tensor("probs", probs)
         check_shapes(features=(features, "batch dim"), probs=(probs, f"batch {self.num_pairs}"))
-        device = self.features.device
-        # Outside of inference mode, or the bank could be part of no backward pass afterwards.
+        self.take(features, self.judge(probs, pair_index=pair_index))
+
+    def judge(self, probs: Tensor, *, pair_index: Tensor | None = None) -> Judged:
+        """The first half of :meth:`update`, which changes nothing: several processes may show its result to theirs.
+
+        Args:
+            probs, pair_index: As in :meth:`update`.
+
+        Raises:
+            TypeError, ValueError: As :meth:`update`.
+        """
+        check_tensor("probs", probs)
+        check_shapes(probs=(probs, f"batch {self.num_pairs}"))
         with torch.inference_mode(False), torch.no_grad():
             rows = first_argmax(probs) if pair_index is None else pair_index.to(probs.device)
-            finite, good = self._check.look(probs, rows, device)
+            finite, good = self._check.look(probs, rows, self.features.device)
+            return Judged(rows, prediction_entropy(probs), finite, good.expand(len(rows)))
 
+    def take(self, features: Tensor, judged: Judged) -> None:
+        """The second half of :meth:`update`: offer vectors ``[batch, dim]`` of predictions that were looked at."""
+        self._check_rows("features", features, judged.rows)
+        # Outside of inference mode, or the bank could be part of no backward pass afterwards.
+        with torch.inference_mode(False), torch.no_grad():
+            rows, entropy, finite, good = (part.to(self.features.device) for part in judged)
             vectors, directed = unit_rows(features)
-            stored = (directed & finite & good).to(device)
-            rows = rows.to(device).where(stored, self.num_pairs)
-            waited = self._insert(vectors.to(self.features), rows, prediction_entropy(probs).to(device))
-            self.num_rejected = self.num_rejected + (~stored).sum() * good.to(device)
+            stored = directed.to(rows.device) & finite & good
+            waited = self._insert(vectors.to(self.features), rows.where(stored, self.num_pairs), entropy)
+            self.num_rejected = self.num_rejected + (~stored & good).sum()
             if waited:
                 self.check_updates()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
@@ -16,7 +16,15 @@ from torchmetrics import Metric
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from czsl_heads._checks import check_choice
-from czsl_heads.functional.score_statistics import PairColumns, Scores, ScoreStatistics, score_statistics
+from czsl_heads.functional.score_statistics import (
+    PairColumns,
+    PartialStatistics,
+    Scores,
+    ScoreStatistics,
+    merge_statistics,
+    partial_statistics,
+    score_statistics,
+)
 
 
 class SafeMetric(Metric):
@@ -182,11 +190,49 @@ class GatheredMetric(SafeMetric, Generic[Result]):
                 of these samples once.
             target: Column of the true pair, long ``[batch]``.
         """
-        for name, part in self._statistics(scores, target)._asdict().items():
-            getattr(self, name).append(part)
+        self.add(self.statistics(scores, target))
 
-    def _statistics(self, scores: Scores, target: Tensor) -> ScoreStatistics:
+    def statistics(self, scores: Scores, target: Tensor) -> ScoreStatistics:
+        """What is kept of samples: what :meth:`update` adds. Metrics of the same labels and ``topk`` may share it."""
         return score_statistics(scores, target, self._columns, topk=self.topk, name="target")
+
+    def partial(self, scores: Scores, target: Tensor) -> PartialStatistics:
+        """What some of the columns say of samples, where no process has them all; for :meth:`merge`.
+
+        Args:
+            scores: An iterable of ``(first_column, block)``: the columns that this process has.
+            target: Column of the true pair, long ``[batch]``, among all columns.
+        """
+        return partial_statistics(scores, target, self._columns, topk=self.topk, name="target")
+
+    def merge(self, parts: Sequence[PartialStatistics]) -> ScoreStatistics:
+        """What is kept of samples, from what all processes made of them by :meth:`partial`; for :meth:`add`.
+
+        Raises:
+            ValueError: The parts do not cover each column once, or are of other samples.
+        """
+        return merge_statistics(parts, self._columns)
+
+    def add(self, statistics: ScoreStatistics) -> None:
+        """Add samples of which the statistics are known."""
+        for name, part in statistics._asdict().items():
+            getattr(self, name).append(part)
+        self._computed = None
+
+    def kept(self) -> ScoreStatistics:
+        """The statistics of the samples so far; there may be none."""
+        if not len(self.target):
+            empty = torch.empty(0, len(self._columns), device=self.device)
+            return self.statistics(empty, torch.empty(0, dtype=torch.long, device=self.device))
+        parts = [getattr(self, name) for name in ScoreStatistics._fields]
+        # torchmetrics gathers lists of tensors into one tensor.
+        return ScoreStatistics(*(torch.cat(part) if isinstance(part, list) else part for part in parts))
+
+    def keep(self, statistics: ScoreStatistics) -> None:
+        """Put samples in the place of those so far."""
+        for name, part in statistics._asdict().items():
+            setattr(self, name, [part])
+        self._computed = None
 
     def compute(self) -> Tensor | ScalarTensors:
         """The numbers over all samples so far: a dict of scalar tensors by name, or the one of ``key``.
@@ -200,14 +246,12 @@ class GatheredMetric(SafeMetric, Generic[Result]):
         return tensors if self.key is None else tensors[self.key]
 
     def _values(self) -> dict[str, float]:
-        parts = [getattr(self, name) for name in ScoreStatistics._fields]
-        # torchmetrics gathers lists of tensors into one tensor.
-        parts = [torch.cat(part) if isinstance(part, list) and part else part for part in parts]
-        if not len(parts[0]):
+        statistics = self.kept()
+        if not len(statistics.target):
             if self._earlier is not None:
                 return dict.fromkeys(self.keys, torch.nan)
             raise ValueError("expected at least one sample before `compute`, got none")
-        self._found = self._result(ScoreStatistics(*parts))
+        self._found = self._result(statistics)
         return self._found.scalars()
 
     def result(self) -> Result:
@@ -236,9 +280,7 @@ class GatheredMetric(SafeMetric, Generic[Result]):
         running = torch.distributed.is_available() and torch.distributed.is_initialized()
         if should_sync and running and isinstance(self.target, list) and not self.target:
             # torchmetrics sends a float vector for an empty list, which the other processes cannot take.
-            none = torch.empty(0, len(self._columns), device=self.device), torch.empty(0, dtype=torch.long)
-            for name, part in self._statistics(*none)._asdict().items():
-                setattr(self, name, [part])
+            self.keep(self.kept())
         super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
 
 

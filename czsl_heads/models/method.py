@@ -143,6 +143,16 @@ class Method(nn.Module, Saved):
         self.encoder, self.space = encoder, space
         self.seam = Seam(align, half_logits=half_logits)
 
+    @property
+    def scores_apart(self) -> bool:
+        """Whether the scores of a pair depend on other pairs by the softmax over them alone.
+
+        Processes may then divide the pairs among themselves. It is so where a method keeps to the usual way; one that
+        replaces a part of it, and keeps it so, says so itself.
+        """
+        kept = ("compare", "classify", "fuse", "probabilities")
+        return all(getattr(type(self), name) is getattr(Method, name) for name in kept)
+
     def texts(self, pairs: Tensor) -> TextFeatures:
         """Unit text features of pairs: once for a whole evaluation, anew at each step that trains them."""
         raise NotImplementedError

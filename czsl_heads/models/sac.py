@@ -70,6 +70,10 @@ class Aligned(Method):
         self.prompts = SoftPrompts(encoder, space, context=context, dropout=dropout, checkpoint=checkpoint)
         self.fusion, self.checkpoint = fusion, checkpoint
 
+    @property
+    def scores_apart(self) -> bool:
+        return True
+
     def texts(self, pairs: Tensor) -> TextFeatures:
         return self.prompts.texts(pairs)
 

@@ -25,7 +25,7 @@ from czsl_heads.training.rehearsal import wanted_rows
 from czsl_heads.training.rows import STUDIES, Readout, Row, Table, Trained
 from czsl_heads.training.summary import differences_of, numbers_of, spread, summary_of
 from czsl_heads.training.train import train_model
-from czsl_heads.training.trainer import is_main_process, say
+from czsl_heads.training.trainer import is_main_process, main_first, say
 
 
 def run_ablation(out: Path, config: Config, holder: Holder | None = None) -> dict[str, Any]:
@@ -50,7 +50,8 @@ def run_ablation(out: Path, config: Config, holder: Holder | None = None) -> dic
     if holder is None:
         with Holder(out) as own:
             return run_ablation(out, config, own)
-    return _completed(out, config, open_folder(out, config, holder))
+    dataset = main_first(config.trainer, lambda: open_folder(out, config, holder))
+    return _completed(out, config, dataset)
 
 
 def _completed(out: Path, config: Config, dataset: CompositionDataset) -> dict[str, Any]:

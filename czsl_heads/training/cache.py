@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from czsl_heads.models.method import Logits, Method
 from czsl_heads.prompts.soft import TextFeatures
 from czsl_heads.training.feature_cache import encoded
+from czsl_heads.training.shares import Shares, map_tensors, with_tensors
 
 CACHE_BYTES = 2 * 2**30  # kept without being asked to
 
@@ -43,14 +43,6 @@ class EncodedImages(Dataset[Any]):
         return sum(sizes)
 
 
-def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
-    """A tensor, or tuples of such, plain or named, with a function of each tensor in its place."""
-    if isinstance(value, Tensor):
-        return function(value)
-    parts = [map_tensors(function, part) for part in value]
-    return value._make(parts) if hasattr(value, "_make") else tuple(parts)
-
-
 @torch.no_grad()
 def encode_images(
     method: Method,
@@ -61,26 +53,27 @@ def encode_images(
     limit: int | None,
     dtype: torch.dtype = torch.float32,
 ) -> EncodedImages | None:
-    """Encode all images of a loader and keep the result in main memory; None if it would take over ``limit`` bytes."""
-    parts: list[EncodedImages] = []
-    for images, columns in loader:
+    """Encode all images of an evaluation's loader and keep the result in main memory.
+
+    Each of several processes encodes its share, and gets all of it. None if it would take over ``limit`` bytes.
+    """
+    shares: Shares = loader.batch_sampler.shares  # type: ignore[union-attr]
+    parts: list[Any] = []
+    for turn, (images, columns) in enumerate(loader):
         found = encoded(method, images.to(device, dtype))
         (logits,) = method.compare(found, texts)
-        part = EncodedImages(map_tensors(Tensor.cpu, found), map_tensors(Tensor.cpu, logits), columns)
-        if limit is not None and not parts and part.num_bytes / len(part) * len(loader.dataset) > limit:  # type: ignore[arg-type]
+        part = map_tensors(Tensor.cpu, (found, logits, columns))
+        kept = EncodedImages(*part)
+        if limit is not None and not parts and kept.num_bytes / len(kept) * len(loader.dataset) > limit:  # type: ignore[arg-type]
             return None
-        parts.append(part)
-    return EncodedImages(
-        _joined([part.encoded for part in parts]),
-        _joined([part.logits for part in parts]),
-        torch.cat([part.columns for part in parts]),
-    )
+        parts.append(part if shares.has_own(turn) else map_tensors(_nothing_of, part))
+
+    tensors: list[list[Tensor]] = [[] for _ in parts]
+    for own, part in zip(tensors, parts):
+        map_tensors(own.append, part)
+    every = shares.joined([torch.cat(batches) for batches in zip(*tensors)])
+    return EncodedImages(*with_tensors(parts[0], every))
 
 
-def _joined(parts: list[Any]) -> Any:
-    """Tensors, or tuples of such, behind each other."""
-    first = parts[0]
-    if isinstance(first, Tensor):
-        return torch.cat(parts)
-    fields = [_joined([*each]) for each in zip(*parts)]
-    return first._make(fields) if hasattr(first, "_make") else tuple(fields)
+def _nothing_of(tensor: Tensor) -> Tensor:
+    return tensor[:0]

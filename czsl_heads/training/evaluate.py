@@ -3,13 +3,13 @@
 Stage III is here: a memory bank is filled from the training images, and the split is streamed, each batch being
 predicted before a bank that adapts may see it. Every pass fills its banks anew and leaves the model as it was. Where
 feasibility masks the open world, the validation images go before, for the thresholds.
+
+Several processes share the batches. Banks and metrics see them in file order, so that all numbers are those of one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import lightning
@@ -18,64 +18,30 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from czsl_heads.data.layout import CompositionDataset
-from czsl_heads.functional.fusion import fuse
 from czsl_heads.functional.protocol import CZSLResult
-from czsl_heads.functional.unit import unit_vectors
+from czsl_heads.functional.score_statistics import ScoreStatistics
 from czsl_heads.heads.memory_bank import DynamicMemoryBank
 from czsl_heads.metrics.czsl_score import CZSLScore
+from czsl_heads.metrics.gathered import GatheredMetric
 from czsl_heads.metrics.modality_gap import RelativeModalityGap
 from czsl_heads.models.condensed import Condensed
-from czsl_heads.models.gap import winning_tokens
-from czsl_heads.models.method import Logits, Method, tokens_of
-from czsl_heads.models.recipe import new_bank
-from czsl_heads.prompts.soft import TextFeatures
+from czsl_heads.models.method import Method, tokens_of
 from czsl_heads.space import CompositionSpace
+from czsl_heads.training.columns import Columns, columns_of
 from czsl_heads.training.feature_cache import encoded as encoded_images
 from czsl_heads.training.feature_cache import evaluation_images
+from czsl_heads.training.gap_vectors import GapVectors
 from czsl_heads.training.loaders import eval_loader
 from czsl_heads.training.open_world import OpenWorld, Thresholds
 from czsl_heads.training.options import Options
-from czsl_heads.training.rows import BankPlan, Readout
+from czsl_heads.training.rows import Readout
+from czsl_heads.training.scored_world import Batch, Exchange, ScoredWorld, Seen, alone, in_turn
+from czsl_heads.training.shares import Processes, Shares, map_tensors, with_tensors
 
 World = Literal["closed", "open"]
 WORLDS: tuple[World, ...] = ("closed", "open")
 PROTOCOLS: tuple[Literal["standard", "exact"], ...] = ("standard", "exact")
-
-
-@dataclass
-class GapVectors:
-    """The modality gap of the closed world, by which vector stands for an image, and how often that is a patch.
-
-    ``cls``: token 0; ``pred``: the token that wins the pair that the method predicts; ``true``: the one that wins the
-    labelled pair, an oracle; ``vac``: the condenser's vector. Texts are those before anything draws them to an image.
-    """
-
-    gaps: dict[str, RelativeModalityGap]
-    include_cls: bool = True
-    counts: dict[str, float] = field(default_factory=lambda: {"images": 0, "pred": 0, "true": 0, "strong": 0})
-
-    def update(self, tokens: Tensor, features: Tensor | None, predicted: Tensor, true: Tensor, texts: Tensor) -> None:
-        tokens, texts = unit_vectors(tokens, torch.float32), texts.float()
-        vectors = {"cls": tokens[:, 0]}
-        for name, columns in (("pred", predicted), ("true", true)):
-            vectors[name], winner = winning_tokens(tokens, texts[columns], include_cls=self.include_cls)
-            self.counts[name] += int((winner > 0).sum())
-        if features is not None:
-            vectors["vac"] = features
-        for name, images in vectors.items():
-            self.gaps[name].update(images.cpu(), true.cpu())
-        cosines = (tokens[:, 1:] @ texts[predicted][:, :, None]).squeeze(2)  # [batch, patches]
-        middle = (cosines.amax(dim=1, keepdim=True) + cosines.amin(dim=1, keepdim=True)) / 2
-        self.counts["strong"] += float((cosines > middle).float().mean(dim=1).sum())
-        self.counts["images"] += len(tokens)
-
-    def as_dict(self) -> dict[str, dict[str, float]]:
-        shares = {name: count / self.counts["images"] for name, count in self.counts.items() if name != "images"}
-        return {
-            "relative_modality_gap": {name: gap.compute().item() for name, gap in self.gaps.items()},
-            "winners_that_are_patches": {name: shares[name] for name in ("pred", "true")},
-            "patches_above_the_middle": {"pred": shares["strong"]},
-        }
+SHARE_OVER = 256 * 2**20  # bytes of the pairs' text features that each process has by itself
 
 
 class Evaluation(lightning.LightningModule):
@@ -90,6 +56,9 @@ class Evaluation(lightning.LightningModule):
         worlds: Label spaces.
         open_world: Also mask the scores of the open world, each readout at a threshold that is searched on the
             validation images first; the results stand under ``"feasible"``.
+        share_over: Where there are several processes, and the features of the open world's pairs take more bytes, each
+            has texts of its share of the pairs only. Numbers are then equal up to the rounding of a softmax; else they
+            are those of one process, to the bit.
     """
 
     def __init__(
@@ -102,6 +71,7 @@ class Evaluation(lightning.LightningModule):
         split: str = "test",
         worlds: tuple[World, ...] = WORLDS,
         open_world: OpenWorld | None = None,
+        share_over: int = SHARE_OVER,
     ) -> None:
         super().__init__()
         if open_world is not None and "open" not in worlds:
@@ -126,22 +96,26 @@ class Evaluation(lightning.LightningModule):
             **({"search": "val"} if open_world else {}),
             "score": split,
         }
-        self.open_world = open_world
+        self.open_world, self.share_over = open_world, share_over
         self.thresholds: Thresholds | None = None
         self.results: dict[str, dict[str, dict[str, CZSLResult]]] = {}
         self.gap: dict[str, dict[str, float]] = {}
         self.rejected = 0  # vectors that were not finite, and so did not enter a bank
-        self._texts: dict[World, TextFeatures] = {}
-        self._filled: dict[tuple[World, int], DynamicMemoryBank] = {}
-        self._banks: dict[tuple[World, BankPlan], DynamicMemoryBank] = {}
-        self._scores: dict[tuple[str, str, str], CZSLScore] = {}
+        self._shares: dict[str, Shares] = {}
+        self._worlds: dict[World, ScoredWorld] = {}
+        # By readout and view of the scores, one for each protocol; these keep the same of every image.
+        self._scores: dict[tuple[str, str], list[CZSLScore]] = {}
         self._gap: GapVectors | None = None
         self.register_buffer("_candidates", dataset.eval_mask(split), persistent=False)
+
+    @property
+    def _processes(self) -> Processes:
+        return Processes(self.global_rank, self.trainer.world_size, self.device)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         options, precision = self.options, self.trainer.precision_plugin
         loaders = []
-        for split in self.parts.values():
+        for part, split in self.parts.items():
             images = evaluation_images(
                 self.dataset,
                 split,
@@ -151,145 +125,154 @@ class Evaluation(lightning.LightningModule):
                 batch_size=options.eval_batch_size,
                 workers=options.workers,
             )
-            loaders.append(eval_loader(images, options.eval_batch_size, workers=options.workers))
+            self._shares[part] = Shares(len(images), options.eval_batch_size, self._processes)
+            loaders.append(eval_loader(images, self._shares[part], workers=options.workers))
         return loaders
 
     def on_test_epoch_start(self) -> None:
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            self._texts = {
-                world: self.method.texts(space.pairs_on(self.device)) for world, space in self.spaces.items()
-            }
-        slots = {plan.slots for plan in self.plans if plan.slots is not None}
-        self._filled = {
-            (world, count): new_bank(space, self.method.encoder, self.options.bank, count).to(self.device)
-            for world, space in self.spaces.items()
-            for count in slots
-        }
-        self._banks = {}
+            self._worlds = {world: self._scored_world(world) for world in self.spaces}
         masks: dict[str, Tensor | None] = {"closed": self.dataset.eval_mask(self.split)}
         scored: dict[str, CompositionSpace] = dict(self.spaces.items())
         if self.open_world is not None:
             self.thresholds = Thresholds(self.open_world, self.spaces["open"], self.readouts)
             scored["feasible"] = self.spaces["open"]
-        # Every process evaluates all images, in file order: there is nothing to gather.
+        # Processes gather what these keep in file order; by themselves they would take it as it comes.
         self._scores = {
-            (name, world, protocol): CZSLScore(
-                space, eval_mask=masks.get(world), protocol=protocol, sync_on_compute=False
-            )
+            (name, view): [
+                CZSLScore(space, eval_mask=masks.get(view), protocol=protocol, sync_on_compute=False)
+                for protocol in PROTOCOLS
+            ]
             for name in self.readouts
-            for world, space in scored.items()
-            for protocol in PROTOCOLS
+            for view, space in scored.items()
         }
-        if "closed" in self._texts:
+        if "closed" in self._worlds:
             names = ["cls", "pred", "true"] if self.condenser is None else ["cls", "pred", "true", "vac"]
-            pairs = self._texts["closed"].pairs.float().cpu()
+            pairs = self._worlds["closed"].texts.pairs.float().cpu()
             gaps = {name: RelativeModalityGap(pairs, sync_on_compute=False) for name in names}
             self._gap = GapVectors(gaps, include_cls=self.method.seam.head.include_cls)
+
+    def _scored_world(self, world: World) -> ScoredWorld:
+        space, method = self.spaces[world], self.method
+        size = 4 * len(space) * method.encoder.dim
+        shared = world == "open" and method.scores_apart and size > self.share_over
+        columns = columns_of(len(space), self._processes, shared=shared)
+        return ScoredWorld(space, columns, method, self.options.bank, self.plans)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         images, columns = batch
         encoded = encoded_images(self.method, images)
         features = None if self.condenser is None else self.condenser(tokens_of(encoded))
+        own = Batch(encoded, features, columns)
         part = [*self.parts][dataloader_idx]
-        if features is not None and part == "fill":
-            self._fill(encoded, features, columns)
-            return
         if batch_idx == 0:
-            self._start_banks()
-        worlds: Iterable[World] = ("open",) if part == "search" else self._texts
-        for world in worlds:
-            self._predict(world, part, encoded, features, columns)
+            self._start(part)
 
-    def _fill(self, encoded: Any, features: Tensor, columns: Tensor) -> None:
-        """Show training images to all banks, which are not read meanwhile."""
-        for world, texts in self._texts.items():
-            (condensed,) = self.method.classify(encoded, texts, features)
-            probs = condensed.pairs.softmax(dim=1)
-            labels = self.columns[world].to(columns.device)[columns] if self.options.bank.labels else None
-            for (other, _), bank in self._filled.items():
-                if other == world:
-                    bank.update(features, probs, pair_index=labels)
+        every: list[Batch] | None = None
+        for name, world in self._worlds.items():
+            if part == "search" and name != "open":
+                continue
+            if not world.columns.shared:
+                self._look(part, batch_idx, name, own, self._in_turn(part, batch_idx), self._rank_in(part, batch_idx))
+                continue
+            every = self._everyones(part, batch_idx, own) if every is None else every
+            for rank, each in enumerate(every):
+                self._look(part, batch_idx, name, each, alone, rank)
 
-    def _start_banks(self) -> None:
-        for world, texts in self._texts.items():
-            unseen = (~self.spaces[world].seen_mask).nonzero().squeeze(1).to(self.device)
-            for plan in self.plans:
-                assert plan.slots is not None
-                bank = deepcopy(self._filled[world, plan.slots])
-                if plan.texts:
-                    bank.fill_texts(texts.pairs[unseen], unseen)
-                self._banks[world, plan] = bank
+    def _rank_in(self, part: str, turn: int) -> int | None:
+        """Which batch of a round is that of this process; None if it repeats one that another process has."""
+        shares = self._shares[part]
+        return shares.processes.rank if shares.has_own(turn) else None
 
-    def _predict(self, world: World, part: str, encoded: Any, features: Tensor | None, columns: Tensor) -> None:
-        texts, vectors = self._texts[world], () if features is None else (features,)
-        aligned, *condensed = self.method.compare(encoded, texts, *vectors)
-        ranked = self.method.fuse(aligned, self.spaces[world].pairs_on(self.device))
-        target = self.columns[world][columns.cpu()]
-        for name, rows in self._scored(world, ranked, aligned, features, *condensed):
-            if part == "search" and self.thresholds is not None:
-                self.thresholds.update(name, rows.cpu(), target)
-            else:
-                self._score(name, world, rows.cpu(), target)
-        if world == "closed" and self._gap is not None:
-            candidates = ranked.masked_fill(~self.get_buffer("_candidates"), -torch.inf)
-            self._gap.update(tokens_of(encoded), features, candidates.argmax(dim=1), columns, texts.pairs)
+    def _in_turn(self, part: str, turn: int) -> Exchange:
+        """Each process shows the others its batch of a round."""
 
-    def _score(self, name: str, world: World, rows: Tensor, target: Tensor) -> None:
-        views: dict[str, Tensor] = {world: rows}
-        if world == "open" and self.thresholds is not None:
-            views["feasible"] = self.thresholds.masked(name, rows)  # behind every softmax, argmax and entropy
-        for view, scores in views.items():
-            for protocol in PROTOCOLS:
-                self._scores[name, view, protocol].update(scores, target)
+        def exchange(seen: Seen) -> tuple[list[Seen], list[Seen]]:
+            parts = self._shares[part].in_turn(turn, [seen.features, *seen.judged])
+            return in_turn(self._rank_in(part, turn), parts)
 
-    def _scored(
-        self,
-        world: World,
-        ranked: Tensor,
-        aligned: Logits,
-        features: Tensor | None,
-        condensed: Logits | None = None,
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Scores by every readout, one at a time; then the banks that adapt see the batch."""
-        pairs = self.spaces[world].pairs_on(self.device)
-        for name, readout in self.readouts.items():
-            if readout.alone and not readout.probabilities:
-                yield name, ranked
-        if all(readout.alone and not readout.probabilities for readout in self.readouts.values()):
+        return exchange
+
+    def _everyones(self, part: str, turn: int, own: Batch) -> list[Batch]:
+        """All batches of a round, for processes that divide the pairs, and not the images, among themselves."""
+        tensors: list[Tensor] = []
+        map_tensors(tensors.append, own.encoded)
+        vectors = [] if own.features is None else [own.features]
+        batches = []
+        for received in self._shares[part].in_turn(turn, [own.columns, *vectors, *tensors]):
+            columns, *others = received
+            features = others.pop(0) if vectors else None
+            batches.append(Batch(with_tensors(own.encoded, others), features, columns))
+        return batches
+
+    def _start(self, part: str) -> None:
+        if part == "fill":
+            return
+        for world in self._worlds.values():
+            world.start_banks()
+        if part == "score" and self.thresholds is not None:
+            for search in self.thresholds.searches.values():
+                self._join("search", [search])
+
+    def _look(self, part: str, turn: int, name: World, batch: Batch, exchange: Exchange, rank: int | None) -> None:
+        """Score a batch, the ``rank``-th of its round, or show it to the banks; what it gives is kept by that rank."""
+        world = self._worlds[name]
+        target = self.columns[name].to(batch.columns.device)[batch.columns]
+        if part == "fill":
+            if batch.features is not None:
+                world.fill(batch, target, exchange)
             return
 
-        probs = self.method.probabilities(aligned, pairs)
-        for name, readout in self.readouts.items():
-            if readout.alone and readout.probabilities:
-                yield name, probs
-        if features is None or condensed is None:
-            return
+        compared = world.compare(batch)
+        looked: list[tuple[list[GatheredMetric[Any]], Any]] = []
+        for readout, rows in world.scored(self.readouts, batch, compared, exchange):
+            for metrics, scores in self._views(part, name, readout, rows.cpu(), world.columns):
+                looked.append((metrics, world.columns.look(metrics[0], scores, target.cpu())))
+        settled = world.columns.settle([(metrics[0], found) for metrics, found in looked], target.cpu())
+        if rank == self.global_rank:
+            for (metrics, _), statistics in zip(looked, settled):
+                for metric in metrics:
+                    metric.add(statistics)
+        if name == "closed" and self._gap is not None:
+            candidates = compared.ranked.masked_fill(~self.get_buffer("_candidates"), -torch.inf)
+            seen = (tokens_of(batch.encoded), batch.features, candidates.argmax(dim=1), batch.columns)
+            for each in self._shares[part].in_turn(turn, self._gap.look(*seen, world.texts.pairs)):
+                self._gap.add(each)
 
-        behind = self.method.probabilities(condensed, pairs)
-        banks = {plan: self._banks[world, plan] for plan in self.plans}
-        memories = {plan: bank(features).softmax(dim=1) for plan, bank in banks.items()}
-        for name, readout in self.readouts.items():
-            if not readout.alone:
-                assert readout.beta is not None
-                assert readout.gamma is not None
-                memory = None if readout.bank is None else memories[readout.bank]
-                yield name, fuse(probs, behind, memory, beta=readout.beta, gamma=readout.gamma)
-        for plan, bank in banks.items():
-            if plan.updates:
-                bank.update(features, condensed.pairs.softmax(dim=1))
+    def _views(
+        self, part: str, name: World, readout: str, rows: Tensor, columns: Columns
+    ) -> Iterator[tuple[list[GatheredMetric[Any]], Tensor]]:
+        """Metrics that keep the same of scores, and these scores as they see them."""
+        if part == "search" and self.thresholds is not None:
+            yield [self.thresholds.searches[readout]], rows
+            return
+        yield [*self._scores[readout, name]], rows
+        if name == "open" and self.thresholds is not None:
+            # Behind every softmax, argmax and entropy.
+            masked = self.thresholds.masked(readout, rows, columns.first)
+            yield [*self._scores[readout, "feasible"]], masked
+
+    def _join(self, part: str, metrics: Sequence[GatheredMetric[Any]]) -> None:
+        """Give metrics that keep the same the images of all processes."""
+        joined = ScoreStatistics(*self._shares[part].joined(metrics[0].kept()))
+        for metric in metrics:
+            metric.keep(joined)
 
     def on_test_epoch_end(self) -> None:
         self.results = {name: {} for name in self.readouts}
-        for (name, world, protocol), score in self._scores.items():
-            self.results[name].setdefault(world, {})[protocol] = score.result()
-        for bank in self._banks.values():
+        for (name, view), scores in self._scores.items():
+            self._join("score", scores)
+            self.results[name][view] = {protocol: score.result() for protocol, score in zip(PROTOCOLS, scores)}
+        worlds = self._worlds.values()
+        for bank in [bank for world in worlds for bank in (*world.filled.values(), *world.banks.values())]:
             bank.check_updates()
-        self.rejected = max((int(bank.num_rejected) for bank in self._banks.values()), default=0)
+        rejected = [int(bank.num_rejected) for world in worlds for bank in world.banks.values()]
+        self.rejected = max(rejected, default=0)
         self.gap = {} if self._gap is None else self._gap.as_dict()
 
     def filled_bank(self, world: World, slots: int) -> DynamicMemoryBank:
         """The bank as the training images left it."""
-        return self._filled[world, slots]
+        return self._worlds[world].filled[slots]
 
     def as_dicts(self) -> dict[str, Any]:
         """The results for a JSON file: by readout, world and protocol."""

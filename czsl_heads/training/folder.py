@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -24,7 +23,7 @@ from czsl_heads.training.holder import HOLDER, LOCK, FolderBusyError, Holder
 from czsl_heads.training.open_world import FEASIBILITY, feasibility_table, keep_feasibility, table_sha256
 from czsl_heads.training.options import Options
 from czsl_heads.training.rehearsal import identified, rehearse
-from czsl_heads.training.trainer import check_trainer, say
+from czsl_heads.training.trainer import check_trainer, is_main_process, say
 
 # Recorded by :func:`czsl_heads.encoders.digest.identity`, and compared when the CLIP is loaded.
 _OF_CLIP = ("encoder_container", "encoder_activation", "encoder_preprocess", "encoder_digest")
@@ -58,7 +57,7 @@ def open_folder(out: Path, config: Config, holder: Holder | None = None) -> Comp
     _check_name(out)
     dataset = None if config.shapes else config.read()
     if dataset is not None and (told := beyond_shapes(config.encoder, dataset.space)):
-        print(told, file=sys.stderr, flush=True)
+        say(told)
     if dataset is not None and (unlisted := dataset.left_out.unlisted):
         say(_left_out(dataset.root, len(unlisted)))
     if (out / LOCK).exists():
@@ -101,9 +100,8 @@ def _taken_up(out: Path, config: Config, dataset: CompositionDataset | None, hol
     """The data set of a folder that a command had before, which goes on with it."""
     with _writing(out):
         holder.take()
-        for folder in (out, *out.glob("seed*"), *out.glob("seed*/*"), *out.glob("seed*/*/checkpoints")):
-            if folder.is_dir():
-                remove_unfinished(folder)
+        if is_main_process():
+            _sweep(out)
     before = read_settings(out)
     settings = _settings(config, dataset)
     _compare(out, before, settings)
@@ -118,9 +116,17 @@ def _taken_up(out: Path, config: Config, dataset: CompositionDataset | None, hol
     with _writing(out):
         if config.world == "open":
             settings["files"] = _whole_feasibility(out, config, before, dataset)
-        write_sealed(out / CONFIG, settings)
+        if is_main_process():
+            write_sealed(out / CONFIG, settings)
         dataset = dataset or _drawn_dataset(out, config, settings)
     return _cached(dataset, config)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed processes left half-written."""
+    for folder in (out, *out.glob("seed*"), *out.glob("seed*/*"), *out.glob("seed*/*/checkpoints")):
+        if folder.is_dir():
+            remove_unfinished(folder)
 
 
 def read_settings(out: Path) -> dict[str, Any]:
@@ -202,7 +208,7 @@ def _drawn_dataset(out: Path, config: Config, settings: dict[str, Any]) -> Compo
         say(f"{told}; it is drawn again")
         shutil.rmtree(root)
     if not root.exists():
-        print(f"drawing the shapes data set in {root}", file=sys.stderr, flush=True)
+        say(f"drawing the shapes data set in {root}")
         make_shapes(root, **asdict(config.shapes))
     if told := _damage(out, root, settings):
         raise DataError(f"{told}; what is drawn here differs, perhaps by another version of Pillow")

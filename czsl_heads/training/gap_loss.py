@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,8 +41,26 @@ def _of_all_processes(vectors: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_world_size() == 1:
         return vectors, targets
-    from torch.distributed.nn.functional import all_gather
+    rows: Tensor = _Gathered.apply(vectors)
+    return rows, _gathered(targets)
 
-    of_ranks = [torch.empty_like(targets) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(of_ranks, targets.contiguous())
-    return torch.cat(all_gather(vectors.contiguous())), torch.cat(of_ranks)
+
+class _Gathered(torch.autograd.Function):
+    """The rows of all processes; a row's gradient is the sum of those that the processes have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return _gathered(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    rows = rows.contiguous()
+    of_ranks = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(of_ranks, rows)
+    return torch.cat(of_ranks)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from czsl_heads.training.shares import Processes, Shares, ShareSampler
+
 MOST_WORKERS = 8
 
 
@@ -40,22 +42,21 @@ def train_loader(
 ) -> DataLoader[Any]:
     """Training images, shuffled; ``workers`` as :func:`count_workers` takes them."""
     sampler = EpochSampler(len(images), seed=seed, rank=rank, num_ranks=num_ranks)  # type: ignore[arg-type]
-    return _loader(images, batch_size, workers, sampler)
+    return _loader(images, workers, batch_size=batch_size, sampler=sampler)
 
 
-def eval_loader(images: Dataset[Any], batch_size: int, *, workers: int | None = 0) -> DataLoader[Any]:
-    """Images in file order."""
-    return _loader(images, batch_size, workers, None)
+def eval_loader(images: Dataset[Any], shares: Shares | int, *, workers: int | None = 0) -> DataLoader[Any]:
+    """Images in file order: the batches of one process, or all of so many images each."""
+    if isinstance(shares, int):
+        shares = Shares(len(images), shares, Processes())  # type: ignore[arg-type]
+    return _loader(images, workers, batch_sampler=ShareSampler(shares))
 
 
-def _loader(
-    images: Dataset[Any], batch_size: int, workers: int | None, sampler: EpochSampler | None
-) -> DataLoader[Any]:
+def _loader(images: Dataset[Any], workers: int | None, **batches: Any) -> DataLoader[Any]:
     whole = hasattr(images, "__getitems__")  # in memory: gives whole batches, and workers would only copy it
     return DataLoader(
         images,
-        batch_size,
-        sampler=sampler,
+        **batches,
         num_workers=0 if whole else count_workers(workers),
         pin_memory=torch.cuda.is_available() and not whole,  # without, a GPU is waited for at each copy
         collate_fn=_as_it_is if whole else None,

@@ -37,6 +37,8 @@ class OpenWorld:
 class Thresholds:
     """The threshold of each readout, searched on validation images, and the scores of other images masked at it.
 
+    ``searches`` has the search of each readout, which validation images are added to.
+
     Args:
         open_world: Feasibility, and the way of masking.
         space: The open world.
@@ -47,24 +49,21 @@ class Thresholds:
         attr, obj = space.pairs.unbind(dim=1)
         self.space, self.masking = space, open_world.masking
         self.feasibility = open_world.feasibility[attr, obj]
-        self._searches = {
+        self.searches = {
             name: FeasibilitySearch(space, self.feasibility, masking=self.masking, sync_on_compute=False)
             for name in readouts
         }
 
-    def update(self, name: str, scores: Tensor, target: Tensor) -> None:
-        """Add validation images to the search of one readout."""
-        self._searches[name].update(scores, target)
-
     @cached_property
     def curves(self) -> dict[str, FeasibilityCurve]:
         """What the search found for each readout; call it when all validation images were added."""
-        return {name: search.result() for name, search in self._searches.items()}
+        return {name: search.result() for name, search in self.searches.items()}
 
-    def masked(self, name: str, scores: Tensor) -> Tensor:
-        """Scores ``[n, P]`` of other images by one readout, masked at its threshold."""
-        threshold = self.curves[name].threshold
-        return mask_infeasible(scores, self.feasibility, self.space.seen_mask, threshold, masking=self.masking)
+    def masked(self, name: str, scores: Tensor, first: int = 0) -> Tensor:
+        """Scores of other images by one readout, of the columns from ``first`` on, masked at its threshold."""
+        own = slice(first, first + scores.shape[1])
+        ratings, seen = self.feasibility[own], self.space.seen_mask[own]
+        return mask_infeasible(scores, ratings, seen, self.curves[name].threshold, masking=self.masking)
 
     def as_dicts(self) -> dict[str, Any]:
         """For a JSON file, by readout: the curve, its threshold, and how many unseen pairs of all that keeps."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from czsl_heads.data.layout import CompositionDataset, DataError
+from czsl_heads.functional.score_statistics import ScoreStatistics
 from czsl_heads.metrics.czsl_score import CZSLScore
 from czsl_heads.models.condensed import Condensed
 from czsl_heads.models.method import Method
@@ -22,6 +23,7 @@ from czsl_heads.training.gap_loss import add_gap_loss
 from czsl_heads.training.loaders import eval_loader, train_loader
 from czsl_heads.training.micro_batch import losses_in_parts
 from czsl_heads.training.options import Options
+from czsl_heads.training.shares import Processes, Shares
 
 
 def check_validation(dataset: CompositionDataset) -> None:
@@ -66,7 +68,8 @@ class Stage(lightning.LightningModule):
         self._val_texts: TextFeatures | None = None
         self._encoded: dict[str, EncodedImages] = {}
         self._scores: dict[str, CZSLScore] = {}
-        self._loss_sum = torch.zeros((), dtype=torch.float64)
+        self._losses_seen: list[Tensor] = []  # of the own validation batches, each times its images
+        self._shares: Shares | None = None
         self.train()  # Lightning keeps the modes it is given, and a wrapped CLIP comes in eval mode
 
     @property
@@ -83,7 +86,12 @@ class Stage(lightning.LightningModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         images = self._encoded.get("val") or self._plain_images("val")
-        return eval_loader(images, self.options.eval_batch_size, workers=self.options.workers)
+        self._shares = self._shares_of(images)
+        return eval_loader(images, self._shares, workers=self.options.workers)
+
+    def _shares_of(self, images: Any) -> Shares:
+        processes = Processes(self.global_rank, self.trainer.world_size, self.device)
+        return Shares(len(images), self.options.eval_batch_size, processes)
 
     def _plain_images(self, split: str) -> Any:
         """Images as they are evaluated, or their tokens where no epoch changes them."""
@@ -126,7 +134,8 @@ class Stage(lightning.LightningModule):
             return
         used = sum(each.num_bytes for each in self._encoded.values())
         limit = None if self.options.cache else CACHE_BYTES - used
-        loader = eval_loader(self._plain_images(split), self.options.eval_batch_size, workers=self.options.workers)
+        images = self._plain_images(split)
+        loader = eval_loader(images, self._shares_of(images), workers=self.options.workers)
         dtype = next(self.model.parameters()).dtype  # half with Lightning's precision "bf16-true"
         found = encode_images(method, loader, texts, device=self.device, dtype=dtype, limit=limit)
         if found is not None:
@@ -191,25 +200,33 @@ class Stage(lightning.LightningModule):
         if self.behind is None:
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
                 self._val_texts = self.model.texts(space.pairs_on(self.device))
-        # Every process evaluates all images, in file order: there is nothing to gather.
+        # Processes gather what these keep in file order; by themselves they would take it as it comes.
         self._scores = {
             protocol: CZSLScore(space, eval_mask=mask, protocol=protocol, sync_on_compute=False)
             for protocol in PROTOCOLS
         }
-        self._loss_sum.zero_()
+        self._losses_seen = []
 
-    def validation_step(self, batch: Any) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         assert self._val_texts is not None
+        assert self._shares is not None
+        if not self._shares.has_own(batch_idx):
+            return
         pairs, columns = self.dataset.space.pairs_on(self.device), batch[-1]
         _, logits = self._compare(batch, self._val_texts)
         scores = self.model.fuse(logits, pairs).cpu()
+        statistics = self._scores["standard"].statistics(scores, columns.cpu())  # of both protocols
         for score in self._scores.values():
-            score.update(scores, columns.cpu())
+            score.add(statistics)
         if self.options.selection == "loss":
             loss = self.model.validation_losses(logits, pairs, columns)["loss"]
-            self._loss_sum += loss.cpu().double() * len(columns)
+            self._losses_seen.append(loss.cpu().double() * len(columns))
 
     def on_validation_epoch_end(self) -> None:
+        assert self._shares is not None
+        joined = ScoreStatistics(*self._shares.joined(self._scores["standard"].kept()))
+        for score in self._scores.values():
+            score.keep(joined)
         result = self._scores["standard"].result()
         values = {"seen": result.seen, "unseen": result.unseen, "harmonic_mean": result.harmonic_mean}
         self.log("val/auc", result.auc, prog_bar=True)
@@ -219,10 +236,20 @@ class Stage(lightning.LightningModule):
 
     def _selected(self, auc: float) -> float:
         """The number by which epochs are compared, the larger the better."""
-        loss = self._loss_sum.item() / len(self.dataset.samples["val"])
+        loss = self._loss_sum() / len(self.dataset.samples["val"])
         found = {"auc": auc, "loss": -loss, "last": float(self.current_epoch)}[self.options.selection]
         digits = self.options.selection_digits
         return found if digits is None else round(found, digits)
+
+    def _loss_sum(self) -> float:
+        """Of all validation images, added batch by batch in file order."""
+        if self.options.selection != "loss":
+            return 0.0
+        assert self._shares is not None
+        total = torch.zeros((), dtype=torch.float64)
+        for loss in self._shares.joined_batches(self._losses_seen):
+            total += loss
+        return total.item()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept = trained_names(self)

@@ -7,12 +7,15 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -20,11 +23,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from czsl_heads.training.checkpoints import CHECKPOINTS, LastEpoch, WholeCheckpoints
 
+Found = TypeVar("Found")
+
 _SETTINGS: dict[str, Any] = {
     "devices": 1,
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
-    "use_distributed_sampler": False,  # ours is seeded by epoch, and evaluation stays whole in every process
+    "use_distributed_sampler": False,  # ours are seeded by epoch, or keep the order of the file
 }
 
 
@@ -54,13 +59,78 @@ def check_trainer(flags: dict[str, Any]) -> int:
             f"expected `trainer.precision` that keeps trained weights out of float16, such as 16-mixed, bf16-mixed or "
             f"bf16-true, got {flags['precision']}"
         )
+    return int(_built(flags).world_size)
+
+
+def _built(flags: dict[str, Any]) -> lightning.Trainer:
+    """A testing trainer; ValueError in words if there is none of these flags, or other processes than they ask for."""
+    started = _started_together()
     try:
         with quiet():
-            return int(testing_trainer(flags).world_size)
-    except (TypeError, ValueError, MisconfigurationException) as error:
+            trainer = testing_trainer(flags)
+    except IndexError as error:  # one process has no device of its own
+        if started is None:
+            raise
+        raise ValueError(f"{_TOGETHER.format(started)}, got {flags}") from error
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise ValueError(
             f"expected `trainer` to hold flags that lightning.Trainer takes, got {flags}: {error}"
         ) from error
+    if started not in (None, trainer.world_size):
+        raise ValueError(f"{_TOGETHER.format(started)}, got {trainer.num_devices} and {trainer.num_nodes}")
+    if started is None and trainer.num_nodes > 1:
+        raise ValueError(
+            f"expected torchrun or srun to start the processes of several nodes, got `trainer.num_nodes` "
+            f"{trainer.num_nodes} without"
+        )
+    return trainer
+
+
+_TOGETHER = (
+    "expected `trainer.devices` per node and `trainer.num_nodes` that make up the {} processes which were started "
+    "together"
+)
+
+
+def _started_together() -> int | None:
+    """How many processes a launcher started, this one among them; None if there is no launcher but Lightning's own."""
+    for environment in (TorchElasticEnvironment, SLURMEnvironment):
+        if environment.detect():
+            return environment().world_size()
+    return None
+
+
+def main_first(flags: dict[str, Any], work: Callable[[], Found]) -> Found:
+    """Do something in the main process, and behind it in the others of a training, which leave if it fails there.
+
+    torchrun and SLURM start all processes at once. Lightning's own launcher has the main one start the others later.
+
+    Args:
+        flags: Of Lightning's Trainer.
+        work: What is done.
+
+    Raises:
+        ValueError: The flags are wrong here.
+        SystemExit: In another than the main process: that has failed, and told why.
+    """
+    strategy = _built(flags).strategy
+    environment = getattr(strategy, "cluster_environment", None)
+    if environment is None or isinstance(environment, LightningEnvironment):
+        return work()
+
+    with quiet():
+        strategy.setup_environment()  # lets the processes find each other; trainers to come find it done
+    if not is_main_process():
+        if not strategy.broadcast(None):
+            raise SystemExit(1)
+        return work()
+    try:
+        found = work()
+    except Exception:
+        strategy.broadcast(False)
+        raise
+    strategy.broadcast(True)
+    return found
 
 
 def fitting_trainer(
@@ -101,7 +171,7 @@ def _listed(plugins: Any) -> list[Any]:
 _UNASKED = (
     "does not have many workers",
     "GPU available but not used",
-    "sync_dist=True",  # every process evaluates everything
+    "sync_dist=True",  # every process logs what all have found
     "smaller than the logging interval",
     "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
     "LeafSpec.*is deprecated",
@@ -112,9 +182,10 @@ _UNASKED = (
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without Lightning's advice on what is decided here, and its notes on the hardware."""
-    logger = logging.getLogger("lightning.pytorch")
-    level, told = logger.level, threading.excepthook
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels, told = [logger.level for logger in loggers], threading.excepthook
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     threading.excepthook = _told_once
     try:
         with warnings.catch_warnings():
@@ -122,7 +193,8 @@ def quiet() -> Iterator[None]:
                 warnings.filterwarnings("ignore", message=f".*{words}")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
         threading.excepthook = told
 
 

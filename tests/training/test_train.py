@@ -154,7 +154,7 @@ def test_the_second_stage_and_the_tests_resume_to_the_same_numbers(
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, **arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluation, "_predict", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Evaluation, "_look", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, **arguments)
     assert not (tmp_path / RECORD).exists()
