@@ -9,7 +9,8 @@ from torch import nn
 
 from czsl_heads._checks import check_choice, check_integer, check_kind, check_positive, check_range
 from czsl_heads.adapters.lora_layers import ATTENTION, LoRAAttention, LoRAFusedLinear, LoRALinear, Matrix, Mergeable
-from czsl_heads.encoders.blocks import BlockParts, has_hooks, is_plain_attention
+from czsl_heads.encoders.attention import is_plain_attention
+from czsl_heads.encoders.blocks import BlockParts, has_hooks
 from czsl_heads.encoders.protocol import Encoder, Tower, check_encoder
 
 MLP: tuple[Matrix, ...] = ("fc", "proj")

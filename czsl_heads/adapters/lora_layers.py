@@ -16,9 +16,9 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
+from czsl_heads.encoders.attention import attend, project_by_thirds
 from czsl_heads.functional.precision import score_dtype
 
 Matrix = Literal["q", "k", "v", "o", "fc", "proj"]
@@ -247,6 +247,7 @@ class LoRAAttention(Mergeable):
         self.in_proj_weight, self.in_proj_bias, self.out_proj = base.in_proj_weight, base.in_proj_bias, base.out_proj
         self.embed_dim, self.num_heads, self.batch_first = base.embed_dim, base.num_heads, base.batch_first
         self.attention_dropout, self._unmerged = base.dropout, {}
+        self._base_kind = type(base)
         square = base.out_proj.weight
         self.deltas = nn.ModuleDict(
             {matrix: _Delta(square, rank=rank, scale=scale, dropout=dropout) for matrix in matrices}
@@ -261,7 +262,7 @@ class LoRAAttention(Mergeable):
         return {matrix: targets[matrix] for matrix in self.deltas}
 
     def plain(self) -> nn.MultiheadAttention:
-        base = nn.MultiheadAttention(
+        base = self._base_kind(
             self.embed_dim,
             self.num_heads,
             dropout=self.attention_dropout,
@@ -297,23 +298,11 @@ class LoRAAttention(Mergeable):
         Raises:
             ValueError: Updates are merged in training mode.
         """
-        same = key is query and value is query  # which the views below would hide
-        if not self.batch_first:
-            query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
-
-        projected = self.project_in(query) if same else self._project_apart(query, key, value)
-        q, k, v = map(self._split_heads, projected)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = ~attn_mask  # nn.MultiheadAttention hides where it is true, this function where it is false
         dropout = self.attention_dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout)
-
-        out = self.project_out(rearrange(mixed, "batch heads length dim -> batch length (heads dim)"))
-        out = out if self.batch_first else out.transpose(0, 1)
-        if not need_weights:
-            return out, None
-        shares = _attention_weights(q, k, attn_mask)
-        return out, shares.mean(dim=1) if average_attn_weights else shares
+        out, shares = attend(self, query, key, value, mask=attn_mask, dropout=dropout, need_weights=need_weights)
+        if shares is not None and average_attn_weights:
+            shares = shares.mean(dim=1)
+        return out, shares
 
     def project_in(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens ``[..., dim]`` to queries, keys and values, ``[..., dim]`` each, with their updates."""
@@ -325,18 +314,11 @@ class LoRAAttention(Mergeable):
         """What was read, heads side by side, ``[..., dim]``, to ``[..., dim]``, with its update."""
         return self.add_delta("o", mixed, self.out_proj(mixed))
 
-    def _project_apart(self, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project_apart(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`project_in` where query, key and value come from different tokens."""
-        weights, biases = self.in_proj_weight.chunk(3), self._bias_chunks()
-        q, k, v = map(self.add_delta, ("q", "k", "v"), inputs, map(F.linear, inputs, weights, biases))
+        inputs, weights = (query, key, value), (self.in_proj_weight, self.in_proj_bias)
+        q, k, v = map(self.add_delta, ("q", "k", "v"), inputs, project_by_thirds(inputs, *weights))
         return q, k, v
-
-    def _bias_chunks(self) -> tuple[Tensor | None, ...]:
-        return (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-
-    def _split_heads(self, tokens: Tensor) -> Tensor:
-        parts: Tensor = rearrange(tokens, "batch length (heads dim) -> batch heads length dim", heads=self.num_heads)
-        return parts
 
     def extra_repr(self) -> str:
         sizes = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, matrices={''.join(self.deltas)}"
@@ -354,11 +336,3 @@ def _linear(weight: Any, bias: Any) -> nn.Linear:
 def _sizes(weight: Tensor, bias: Tensor | None) -> str:
     rows, columns = weight.shape
     return f"in_features={columns}, out_features={rows}, bias={bias is not None}"
-
-
-def _attention_weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """What the fused attention weighs its values by, before dropout: ``[batch, heads, length, length]``."""
-    logits = query @ key.mT / math.sqrt(query.shape[-1])
-    if mask is not None:
-        logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
-    return logits.softmax(dim=-1)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from czsl_heads.encoders.attention import is_plain_attention
+
 Half = Literal["attention", "mlp"]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -326,13 +328,6 @@ def mixing_layer(layer: nn.Module) -> nn.Module | None:
 def reads_one_token(layer: nn.Module) -> bool:
     """True of a layer that is known to act on each token by itself, with all that it holds."""
     return _is_per_token(layer) and mixing_layer(layer) is None
-
-
-def is_plain_attention(layer: Any) -> bool:
-    """True of torch's own attention with one fused ``in_proj_weight`` and nothing added to keys and values."""
-    if type(layer) is not nn.MultiheadAttention or layer.in_proj_weight is None:
-        return False
-    return layer.bias_k is None and not layer.add_zero_attn
 
 
 def has_hooks(layer: nn.Module) -> bool:

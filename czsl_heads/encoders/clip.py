@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from czsl_heads._checks import check_choice, check_shapes, check_tensor
+from czsl_heads.encoders.attention import fuse_attention
 from czsl_heads.encoders.dense import BothWays, check_block
 from czsl_heads.encoders.dense import Dense as Dense
 from czsl_heads.encoders.protocol import Tower
@@ -23,7 +24,8 @@ class ClipEncoder(nn.Module):
     """Implements :class:`czsl_heads.encoders.protocol.Encoder`; made by :func:`czsl_heads.wrap`.
 
     Each container has a class of its own, which knows where the parts of its models are. The model is kept as
-    ``.model`` and shared, not copied.
+    ``.model`` and shared, not copied. Its ``nn.MultiheadAttention`` become
+    :class:`~czsl_heads.encoders.attention.FusedAttention`, which is one too, with the same weights.
 
     Args:
         model: The container's model.
@@ -55,6 +57,7 @@ class ClipEncoder(nn.Module):
         self.vision, self.text = vision, text
         self.dense = dense
         self.tokenizer, self.preprocess = tokenizer, preprocess
+        fuse_attention(model)
         self.training = model.training  # of this module alone: the parts of the model may be in modes of their own
         if frozen:
             self.requires_grad_(False)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from czsl_heads import add_lora, merge_lora, remove_lora, unmerge_lora, wrap
 from czsl_heads.adapters.bottleneck import add_bottlenecks
 from czsl_heads.adapters.lora_layers import LoRAAttention, LoRALinear
+from czsl_heads.encoders.attention import FusedAttention
 from czsl_heads.encoders.blocks import AdaptedAttention, AdaptedLayer
 
 MATRICES = ("q", "k", "v", "o", "fc", "proj")
@@ -582,10 +583,10 @@ def test_another_linear_layer_raises(small_encoder):
     add_lora(small_encoder, matrices=("q", "proj"))
 
 
-@pytest.mark.parametrize(("matrices", "kind"), [(("q",), "MultiheadAttention"), (("fc",), "Linear")])
+@pytest.mark.parametrize(("matrices", "kind"), [(("q",), "FusedAttention"), (("fc",), "Linear")])
 def test_hooks_on_what_is_replaced_are_not_lost_in_silence(small_encoder, matrices, kind):
     block = small_encoder.blocks("vision")[2]
-    layer = block.attn if kind == "MultiheadAttention" else block.mlp.c_fc
+    layer = block.attn if kind == "FusedAttention" else block.mlp.c_fc
     handle = layer.register_forward_hook(lambda module, inputs, output: None)
     with pytest.raises(ValueError, match=f"without hooks on what LoRA replaces, got hooks on a {kind}; add them"):
         add_lora(small_encoder, matrices=matrices)
@@ -669,7 +670,7 @@ def test_without_its_adapters_an_encoder_is_what_it_was(small_clip_factory, imag
     assert str(encoder) == text
     assert all(module.training is training for module in encoder.modules())
     assert torch.equal(encoder.encode_tokens(images), tokens)
-    assert type(encoder.blocks("vision")[2].attn) is nn.MultiheadAttention
+    assert type(encoder.blocks("vision")[2].attn) is FusedAttention
     assert type(encoder.blocks("vision")[2].mlp.c_fc) is nn.Linear
 
 
