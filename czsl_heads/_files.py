@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import os
@@ -11,7 +12,7 @@ import socket
 import stat
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -220,3 +221,11 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         more = flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
         flat |= more
     return flat
+
+
+def write_table(rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
+    """Write a CSV file, whole or not at all; what a row lacks is left empty."""
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)

@@ -361,9 +361,13 @@ def bench(
     names: str = "published",
     allow_untrained_primitives: bool = False,
     allow_outside: bool = False,
+    loader: bool = False,
     trainer: dict[str, Any] | None = None,
 ) -> int:
     """Score CLIPs zero-shot on a data set, print a table, and write bench.csv and bench.png to a folder.
+
+    With --loader true nothing is scored: the table, loader.csv, says how many images per second loaders give and the
+    CLIPs take, in evaluation and in training.
 
     Args:
         encoders: Names of CLIPs, with commas between; czsl encoders lists what there is.
@@ -380,6 +384,7 @@ def bench(
         names: What prompts say of the data set's names: "published", "clean", or a file of replacements.
         allow_untrained_primitives: Accept validation and test pairs with words that no training pair has.
         allow_outside: Accept images outside of the data set's folder.
+        loader: Measure the stream of images instead.
         trainer: Flags of lightning.Trainer: accelerator, devices, precision.
 
     Returns:
@@ -400,6 +405,8 @@ def bench(
         allow_untrained_primitives=allow_untrained_primitives,
         allow_outside=allow_outside,
     )
+    if loader:
+        return _bench_loader(tried, dataset, out, split, batch_size, trainer or {})
     with _writable("out", out):
         rows = score(tried, dataset, out, aligns=aligns, batch_size=batch_size, trainer=trainer, **options)
         plot_bench(rows, out / "bench.png")
@@ -409,6 +416,23 @@ def bench(
     for row in failed:
         print(f"{row['encoder']}: {row['error']}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _bench_loader(
+    encoders: list[str], dataset: Any, out: Path, split: str, batch_size: int, trainer: dict[str, Any]
+) -> int:
+    from czsl_heads.report.terminal import print_loader
+    from czsl_heads.training.loader_rates import loader_rates
+
+    for name in trainer.keys() - {"accelerator", "precision"}:
+        raise ValueError(f"expected no `trainer.{name}` with --loader true, got {trainer[name]!r}")
+    settings = {"split": split, "batch_size": batch_size, "precision": trainer.get("precision", "32-true")}
+    device = "cpu" if trainer.get("accelerator") == "cpu" else None
+    with _writable("out", out):
+        rows = loader_rates(encoders, dataset, out, device=device, **settings)
+    print_loader(rows)
+    print(f"wrote loader.csv to {out}")
+    return 0
 
 
 def gap(

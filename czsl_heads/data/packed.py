@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import PIL
+import torch
 from filelock import FileLock
 from numpy.lib.format import open_memmap
 from PIL import Image
+from torch import Tensor
 
 from czsl_heads._files import whole_file
 from czsl_heads._sealed import DamagedError, file_sha256, read_sealed, write_sealed
@@ -37,12 +39,52 @@ class PackedImages(ImageSplit):
         self._pixels: Any = None
 
     def picture(self, number: int) -> Any:
+        self._map()
+        return Image.fromarray(self._pixels[number])
+
+    def pixels(self, numbers: list[int]) -> Tensor:
+        """Pictures as they lie in the file, uint8 ``[n, height, width, 3]``."""
+        self._map()
+        return torch.from_numpy(self._pixels[numbers])
+
+    def _map(self) -> None:
         if self._pixels is None:
             self._pixels = np.load(self.path, mmap_mode="r")  # [n, height, width, 3]
-        return Image.fromarray(self._pixels[number])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pixels": None}
+
+
+class PackedBatches(torch.utils.data.Dataset[Any]):
+    """Packed pictures of which nothing random is made: whole batches at once, to the bit what single ones give.
+
+    Indexed by lists of numbers or of ``(epoch, number)``, as a ``DataLoader`` asks for batches.
+    """
+
+    def __init__(self, images: PackedImages, normalize: Any) -> None:
+        self.images = images
+        self.mean, self.std = (torch.tensor(part)[:, None, None] for part in (normalize.mean, normalize.std))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[int] | list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        numbers = [index[1] if isinstance(index, tuple) else index for index in indices]
+        pixels = self.images.pixels(numbers).permute(0, 3, 1, 2)
+        floats = pixels.to(torch.float32, memory_format=torch.contiguous_format)  # [batch, 3, height, width]
+        return floats.div_(255).sub_(self.mean).div_(self.std), self.images.columns[numbers]
+
+
+def in_batches(images: Any) -> PackedBatches | None:
+    """The same images in whole batches; None if they are not packed, or if more than normalising is left to do."""
+    from torchvision.transforms import Normalize
+
+    if not isinstance(images, PackedImages):
+        return None
+    steps: list[Any] = getattr(images.transform, "transforms", [])
+    if [type(step).__name__ for step in steps] != ["MaybeConvertMode", "MaybeToTensor", "Normalize"]:
+        return None  # the first of open_clip's two has nothing to do: a packed file is RGB
+    return PackedBatches(images, steps[-1]) if type(steps[-1]) is Normalize else None
 
 
 def packed(images: ImageSplit, folder: Path) -> ImageSplit:

@@ -45,6 +45,18 @@ def print_bench(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+def print_loader(rows: list[dict[str, Any]]) -> None:
+    """The rows of :func:`czsl_heads.training.loader_rates.loader_rates`."""
+    table = Table("use", "pictures", title="images per second", title_justify="left")
+    for heading in ("workers", "loader", "encoder", "takes", "loader / encoder"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        numbers = (str(row["workers"]), str(row["loader_images_per_second"]), escape(row["encoder"]))
+        ratio = f"{row['loader_by_encoder']:.2f}"
+        table.add_row(row["use"], row["pictures"], *numbers, str(row["encoder_images_per_second"]), ratio)
+    Console().print(table)
+
+
 def print_gap(reports: dict[str, GapReport]) -> None:
     """All metrics of the gap, a column for each vector that stands for an image."""
     table = Table("metric", title="the gap between images and texts", title_justify="left")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from czsl_heads._checks import check_choice
 from czsl_heads._complaints import in_one_line
-from czsl_heads._files import save_figure, whole_file
+from czsl_heads._files import save_figure, write_table
 from czsl_heads.data.layout import SPLITS, CompositionDataset, DataError
 from czsl_heads.data.shapes import beyond_shapes
 from czsl_heads.encoders.digest import weights_digest
@@ -120,7 +119,7 @@ def bench(
             raise  # of no CLIP: the next one would meet it, too
         except Exception as error:  # of any package, and no reason to lose the others
             rows.append({**shared, "error": in_one_line(error) or type(error).__name__})
-        _write(rows, out / "bench.csv")
+        write_table(rows, COLUMNS, out / "bench.csv")
     return rows
 
 
@@ -151,13 +150,6 @@ def _scores(evaluation: Evaluation, world: World) -> dict[str, Any]:
     images = len(evaluation.dataset.images(evaluation.split, evaluation.model.encoder.transform()))
     counts = {"images": images, "pairs": len(evaluation.spaces[world])}
     return {**found, "auc_standard": round(standard.auc, 6), **counts}
-
-
-def _write(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def plot_bench(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from czsl_heads.data.packed import in_batches
 from czsl_heads.training.shares import Processes, Shares, ShareSampler
 
 MOST_WORKERS = 8
@@ -53,13 +54,15 @@ def eval_loader(images: Dataset[Any], shares: Shares | int, *, workers: int | No
 
 
 def _loader(images: Dataset[Any], workers: int | None, **batches: Any) -> DataLoader[Any]:
-    whole = hasattr(images, "__getitems__")  # in memory: gives whole batches, and workers would only copy it
+    in_memory = hasattr(images, "__getitems__")  # workers would only copy it
+    whole = images if in_memory else in_batches(images)
+    number = 0 if in_memory else count_workers(workers)
     return DataLoader(
-        images,
+        images if whole is None else whole,
         **batches,
-        num_workers=0 if whole else count_workers(workers),
-        pin_memory=torch.cuda.is_available() and not whole,  # without, a GPU is waited for at each copy
-        collate_fn=_as_it_is if whole else None,
+        num_workers=number,
+        pin_memory=torch.cuda.is_available() and not in_memory,  # without, a GPU is waited for at each copy
+        collate_fn=None if whole is None else _as_it_is,
         # Its own, or it would draw from the one that an epoch is seeded with, before that or after.
         generator=torch.Generator(),
     )

@@ -4,16 +4,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms import Compose, RandomErasing
 
 from czsl_heads.data import DataError, packed, read_dataset
-from czsl_heads.data.packed import PackedImages, built_once
+from czsl_heads.data.packed import PackedBatches, PackedImages, built_once, in_batches
 from czsl_heads.encoders.transforms import Preprocess
+from czsl_heads.training.loaders import eval_loader
 
 MODES = ("shortest", "longest", "squash")
 
@@ -168,3 +171,27 @@ def test_what_was_killed_in_the_middle_leaves_nothing_that_is_read(tmp_path):
     built_once(folder, "one.npy", lambda path: np.save(path, np.zeros(3)))
     assert np.load(folder / "one.npy").tolist() == [0, 0, 0]
     assert list(folder.glob(".unfinished-*")) == []
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_whole_batches_are_to_the_bit_those_of_single_pictures(photos, tmp_path, mode, workers):
+    transform = Preprocess((24, 32), resize_mode=mode).transform()
+    plain, kept = (data.images("test", transform) for data in (photos, replace(photos, cache_dir=tmp_path / "cache")))
+    assert isinstance(in_batches(kept), PackedBatches)
+    expected, found = (list(eval_loader(images, 3, workers=workers)) for images in (plain, kept))
+    assert [len(columns) for _, columns in found] == [len(columns) for _, columns in expected]
+    for (images, columns), (same_images, same_columns) in zip(expected, found):
+        assert torch.equal(images, same_images)
+        assert torch.equal(columns, same_columns)
+        assert same_images.is_contiguous()
+    by_epoch = in_batches(kept).__getitems__([(4, 1), (0, 0)])
+    assert torch.equal(by_epoch[0], torch.stack([plain[1][0], plain[0][0]]))
+
+
+def test_pictures_that_are_changed_at_random_come_one_by_one(photos, tmp_path):
+    cached, size = replace(photos, cache_dir=tmp_path / "cache"), Preprocess((24, 32))
+    assert in_batches(cached.images("train", size.transform(train=True), seed=0)) is None
+    assert in_batches(photos.images("train", size.transform())) is None  # not packed
+    more = Compose([*size.transform().transforms, RandomErasing()])
+    assert in_batches(cached.images("train", more)) is None
