@@ -22,7 +22,7 @@ types: .venv/dev.stamp
 	$(BIN)/mypy
 
 unit: .venv/dev.stamp
-	$(BIN)/pytest -m "not engine and not slow" $(PARALLEL)
+	$(BIN)/pytest -m "not engine and not slow and not gpu" $(PARALLEL)
 
 whole: .venv/dev.stamp
 	$(BIN)/pytest $(PARALLEL)

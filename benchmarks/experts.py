@@ -37,13 +37,14 @@ def loop(tokens: Tensor, down: Tensor, up: Tensor, weights: Tensor, experts: Ten
     return mixed
 
 
-def compare_ways(images: int, sizes: tuple[int, int, int], rounds: int) -> dict[str, Any]:
+def compare_ways(images: int, sizes: tuple[int, int, int], rounds: int, device: str) -> dict[str, Any]:
     experts, rank, k = sizes
     generator = torch.Generator().manual_seed(SEED)
     tokens = torch.randn(images * TOKENS, WIDTH, generator=generator)
     down = torch.randn(experts, rank, WIDTH, generator=generator) / WIDTH**0.5
     up = torch.randn(experts, WIDTH, rank, generator=generator) / rank**0.5
     weights, chosen = route(torch.randn(len(tokens), experts, generator=generator), k)
+    tokens, down, up, weights, chosen = (tensor.to(device) for tensor in (tokens, down, up, weights, chosen))
     # Whoever runs behind the loop pays for the memory that it gave back: one run that no ratio is taken of.
     ways: dict[str, Callable[..., Tensor]] = {"loop": loop, "behind the loop": mix_experts}
     for way in WAYS:
@@ -65,12 +66,12 @@ def compare_ways(images: int, sizes: tuple[int, int, int], rounds: int) -> dict[
     return found
 
 
-def share_of_a_step(encoder_name: str, images: int, rounds: int) -> dict[str, Any]:
+def share_of_a_step(encoder_name: str, images: int, rounds: int, device: str) -> dict[str, Any]:
     """How much longer a training step takes with experts in both towers."""
     steps = {}
     for name in ("without", "with"):
         torch.manual_seed(SEED)
-        encoder: Any = wrap(encoder_name)
+        encoder: Any = wrap(encoder_name).to(device)
         if name == "with":
             for tower in ("vision", "text"):
                 add_experts(encoder, tower=tower)
@@ -78,7 +79,7 @@ def share_of_a_step(encoder_name: str, images: int, rounds: int) -> dict[str, An
         encoder.model.visual.class_embedding.requires_grad_(True)
         encoder.model.positional_embedding.requires_grad_(True)
         size = encoder.image_size
-        pixels = torch.randn(images, 3, size, size)
+        pixels = torch.randn(images, 3, size, size).to(device)
         texts = [f"a photo of a thing {number}" for number in range(images)]
         steps[name] = _step(encoder, pixels, texts)
     seconds = time_in_turn(steps, rounds=rounds)
@@ -101,7 +102,7 @@ def _step(encoder: Any, pixels: Tensor, texts: list[str]) -> Callable[[], None]:
 
 
 def main(images: int = 16, step_images: int = 4, encoder: str = "ViT-L-14", rounds: int = 5) -> None:
-    """Measure, print and write ``results/experts-cpu.json``.
+    """Measure, print and write ``results/experts-DEVICE.json``.
 
     Args:
         images: Images whose tokens are mixed.
@@ -109,14 +110,15 @@ def main(images: int = 16, step_images: int = 4, encoder: str = "ViT-L-14", roun
         encoder: Architecture of the training step, with random weights.
         rounds: How often each is timed.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     ways = []
     for sizes in SIZES:
-        ways.append(compare_ways(images, sizes, rounds))
+        ways.append(compare_ways(images, sizes, rounds, device))
         print(ways[-1], flush=True)
-    step = share_of_a_step(encoder, step_images, rounds)
+    step = share_of_a_step(encoder, step_images, rounds, device)
     print(step, flush=True)
     content = {"width": WIDTH, "tokens": images * TOKENS, "ways": ways, "step": step}
-    write_results("experts-cpu", "What does a mixture of experts cost?", SEED, content)
+    write_results(f"experts-{device}", "What does a mixture of experts cost?", SEED, content)
 
 
 if __name__ == "__main__":

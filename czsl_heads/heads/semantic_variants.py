@@ -67,7 +67,7 @@ class SemanticVariantHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits of attributes ``[batch, attributes]`` and objects ``[batch, objects]``."""
         attributes, objects = primitive_scores(probabilities, pairs, num_attributes, num_objects)
-        return self.log_scale_attributes.exp() * attributes, self.log_scale_objects.exp() * objects
+        return _scaled(attributes, self.log_scale_attributes), _scaled(objects, self.log_scale_objects)
 
     def choose(self, variants: Tensor, texts: Tensor, image: Tensor) -> Tensor:
         """The variant of each image ``[batch, dim]`` for its own text, see
@@ -77,3 +77,9 @@ class SemanticVariantHead(nn.Module):
 
     def extra_repr(self) -> str:
         return f"alpha={self.alpha}, init_scale={self.init_scale:g}"
+
+
+def _scaled(scores: Tensor, log_scale: Tensor) -> Tensor:
+    """Scores times a scale; -inf, of words without a pair, stays, and gives the scale no gradient of 0 times -inf."""
+    missing = scores == -torch.inf
+    return (log_scale.exp() * scores.masked_fill(missing, 0.0)).masked_fill(missing, -torch.inf)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -114,3 +115,16 @@ def test_the_head_is_the_function_times_its_scales():
     expected = choose_variants(variants, texts, texts, alpha=0.3)[0]
     assert torch.equal(head.choose(variants, texts, texts), expected)
     assert set(dict(head.named_parameters())) == {"log_scale_attributes", "log_scale_objects"}
+
+
+def test_words_without_a_pair_leave_the_gradient_of_the_scales_finite():
+    head, pairs = SemanticVariantHead(), torch.tensor([[0, 0], [0, 1]])
+    probabilities = torch.tensor([[0.3, 0.7], [0.8, 0.2]], requires_grad=True)
+    attributes, objects = head(probabilities, pairs, 3, 2)
+    assert (attributes[:, 1:] == -torch.inf).all()
+    targets = torch.tensor([0, 0])
+    loss = F.cross_entropy(attributes, targets) + F.cross_entropy(objects, targets)
+    loss.backward()
+    assert head.log_scale_attributes.grad == 0  # of a single attribute nothing is to be learned
+    assert head.log_scale_objects.grad.isfinite()
+    assert probabilities.grad.isfinite().all()
