@@ -1,13 +1,13 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Each makes .venv and installs what it needs.
 # While working: `make unit` leaves out what trains models or runs commands. Before a release: `make slow`, true shapes,
-# which CI does not run.
+# which CI does not run. On a machine with a GPU: `make gpu`, its tests and benchmarks, in 20 minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO_OUT ?= demo
 DEMO_FLAGS ?=
 PARALLEL := --numprocesses auto --dist loadfile
 
-.PHONY: demo test lint types unit whole slow clean
+.PHONY: demo test lint types unit whole slow gpu clean
 
 demo: .venv/train.stamp
 	$(BIN)/czsl ablate --data shapes --encoder tiny --out $(DEMO_OUT) $(DEMO_FLAGS)
@@ -29,6 +29,9 @@ whole: .venv/dev.stamp
 
 slow: .venv/dev.stamp
 	$(BIN)/pytest -m slow tests/slow
+
+gpu: .venv/dev.stamp
+	$(BIN)/python -m benchmarks.gpu
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -86,6 +86,7 @@ def measure(images: int, texts: int, device: str, dtype: torch.dtype, *, backwar
     ways = rivals(device)
     if not backward and device == "cpu":
         del ways["plain, torch.compile"]  # no faster at the shapes of training, and it would be minutes
+    ways, failures = able(ways, tokens, rows, backward=backward)
     forward: dict[str, Callable[[], object]] = {"product": partial(product, tokens, rows)}
     forward |= {name: partial(way, tokens, rows) for name, way in ways.items()}
     forward["ours, with index"] = partial(maxsim, tokens, rows, return_index=True)
@@ -107,7 +108,26 @@ def measure(images: int, texts: int, device: str, dtype: torch.dtype, *, backwar
         part: {name: round(value / times["product"], 3) for name, value in times.items() if name != "product"}
         for part, times in seconds.items()
     }
+    found |= {"failed": failures} if failures else {}
     return {"images": images, "texts": texts, "tokens": TOKENS, "dim": DIM, "dtype": str(dtype)[6:], **found}
+
+
+def able(
+    ways: dict[str, Callable[[Tensor, Tensor], Tensor]], tokens: Tensor, rows: Tensor, *, backward: bool
+) -> tuple[dict[str, Callable[[Tensor, Tensor], Tensor]], dict[str, str]]:
+    """The ways that can do it here, and what the others say: a rival's failure is a result, ours is an error."""
+    failures = {}
+    for name, way in ways.items():
+        inputs = [value.clone().requires_grad_(backward) for value in (tokens, rows)]
+        try:
+            scores = way(*inputs)
+            if backward:
+                scores.sum().backward()
+        except Exception as error:
+            if name.startswith("ours"):
+                raise
+            failures[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    return {name: way for name, way in ways.items() if name not in failures}, failures
 
 
 def check_gradients(inputs: list[Tensor], grad: Tensor) -> None:
