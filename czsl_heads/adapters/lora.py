@@ -161,7 +161,7 @@ def remove_lora(encoder: Encoder, *, merge: bool = False, tower: Tower | None = 
         >>> adapted = add_lora(encoder)
         >>> remove_lora(encoder)
         >>> type(encoder.blocks("vision")[0].attn).__name__, any(p.requires_grad for p in encoder.parameters())
-        ('MultiheadAttention', False)
+        ('FusedAttention', False)
     """
     check_kind("merge", merge, bool)
     places = _adapted(encoder, tower)

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from czsl_heads.functional.huge_pages import empty_in_huge_pages
 from czsl_heads.functional.precision import no_autocast, score_dtype
 
 SPARE = 3  # tokens beyond the k best by a bfloat16 product that are scored again in full precision
 _WIDE = 1024  # texts at once below which images are rather cut: a product of few columns is slow
+_NEAR = 2048  # tokens, and texts, at once on a CPU: the product of more is no faster, and its results leave the caches
 
 
 def streamed(
@@ -67,6 +69,8 @@ def _chunk_sizes(tokens: Tensor, texts: Tensor, k: int, select: str, chunk_bytes
     images = max(1, min(images, batch))
     own = text * (images if texts.ndim == 3 else 1)
     columns = (chunk_bytes - images * length * token) // (images * pair + own + 1)
+    if tokens.device.type == "cpu":
+        images, columns = min(images, max(1, round(_NEAR / length))), min(columns, _NEAR)
     return images, max(1, min(columns, count))
 
 
@@ -146,10 +150,28 @@ def winner_gradients(
         grad_texts = _weighted_sums(tokens.flatten(0, 1), bags, parts).view(texts.shape)
     if for_tokens:
         winners, order = rows.flatten().sort(stable=True)
-        starts = torch.searchsorted(winners, torch.arange(batch * length, device=index.device))
         bags, parts = (value.flatten()[order] for value in (_sources(index, texts), weights))
-        grad_tokens = _weighted_sums(texts.flatten(0, -2), bags, parts, starts).view(tokens.shape)
+        sums = _sums_of_few if _are_few(index, batch * length) else _sums_of_all
+        grad_tokens = sums(texts.flatten(0, -2), bags, parts, winners, batch * length).view(tokens.shape)
     return grad_tokens.to(tokens.dtype), grad_texts.to(texts.dtype)
+
+
+def _are_few(index: Tensor, num_tokens: int) -> bool:
+    """Whether most tokens have won nothing; not where finding those that have would wait for a device."""
+    return index.device.type == "cpu" and 0 < 2 * index.numel() <= num_tokens
+
+
+def _sums_of_all(vectors: Tensor, bags: Tensor, weights: Tensor, winners: Tensor, num_tokens: int) -> Tensor:
+    starts = torch.searchsorted(winners, torch.arange(num_tokens, device=winners.device))
+    return _weighted_sums(vectors, bags, weights, starts)
+
+
+def _sums_of_few(vectors: Tensor, bags: Tensor, weights: Tensor, winners: Tensor, num_tokens: int) -> Tensor:
+    """As above, for few winners: what counts is then the time that the system takes to hand out so much memory."""
+    rows, counts = torch.unique_consecutive(winners, return_counts=True)
+    sums = _weighted_sums(vectors, bags, weights, counts.cumsum(0) - counts)
+    every = empty_in_huge_pages((num_tokens, sums.shape[1]), sums.dtype).zero_()
+    return every.index_copy_(0, rows, sums)
 
 
 def _weighted_sums(vectors: Tensor, bags: Tensor, weights: Tensor, starts: Tensor | None = None) -> Tensor:

@@ -24,6 +24,7 @@ from czsl_heads.training.loaders import eval_loader, train_loader
 from czsl_heads.training.micro_batch import losses_in_parts
 from czsl_heads.training.options import Options
 from czsl_heads.training.shares import Processes, Shares
+from czsl_heads.training.threads import take_up
 
 
 def check_validation(dataset: CompositionDataset) -> None:
@@ -255,3 +256,8 @@ class Stage(lightning.LightningModule):
         kept = trained_names(self)
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in kept}
+        checkpoint["threads"] = torch.get_num_threads()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "threads" in checkpoint and self.device.type == "cpu":
+            take_up(checkpoint["threads"])

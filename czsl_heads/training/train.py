@@ -24,6 +24,7 @@ from czsl_heads.training.options import Options
 from czsl_heads.training.rows import BankPlan, Readout
 from czsl_heads.training.stage import Stage
 from czsl_heads.training.summary import numbers_of
+from czsl_heads.training.threads import fitting_threads
 from czsl_heads.training.trainer import (
     beyond_home,
     check_trainer,
@@ -88,7 +89,7 @@ def train_model(
     fitter, checkpoints = _fitter(folder, module, epochs, trainer or {})
 
     results: dict[str, Any] = {}
-    with quiet(), interruptible(), naming(folder):
+    with quiet(), interruptible(), naming(folder), fitting_threads(model.encoder, fitter):
         if epochs["best"]:
             start = last_good(folder / CHECKPOINTS, [*checkpoints], module, say)
             fitter.fit(module, ckpt_path=start, weights_only=True)

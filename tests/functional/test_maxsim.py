@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from czsl_heads.functional import maxsim
+from czsl_heads.functional import maxsim, maxsim_op
 from czsl_heads.functional.maxsim_op import streamed
 from tests.references import reference_maxsim
 
@@ -478,3 +478,45 @@ def test_wrong_arguments_are_told(change, error, message):
     tokens, texts = draw()
     with pytest.raises(error, match=message):
         maxsim(**{"tokens": tokens, "texts": texts, **change})
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 3), st.integers(2, 40), st.integers(1, 9), st.integers(1, 7)),
+    per_image=st.booleans(),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_few_winners_get_to_the_bit_the_gradient_of_many(sizes, per_image, seed, data):
+    batch, length, count, dim = sizes
+    tokens, texts = draw(batch, length, count, dim, per_image=per_image, seed=seed)
+    k = data.draw(st.integers(1, min(3, length)))
+    _, index = streamed(tokens, texts, k=k, select="exact", with_index=True, chunk_bytes=2**20)
+    grad = torch.randn(batch, count, generator=torch.Generator().manual_seed(seed))
+    wanted = {"for_tokens": True, "for_texts": True}
+    of_ways = []
+    for few in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(maxsim_op, "_are_few", lambda index, tokens, few=few: few)
+            of_ways.append(maxsim_op.winner_gradients(grad, tokens, texts, index, **wanted))
+    for one, other in zip(*of_ways):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("length", "few"), [(5, False), (6, True)])
+def test_winners_are_few_if_they_are_at_most_half_of_the_tokens(length, few):
+    index = torch.zeros(2, 3, 1, dtype=torch.long)
+    assert maxsim_op._are_few(index, 2 * length) == few
+    assert not maxsim_op._are_few(index.to("meta"), 2 * length)  # would wait for a device
+    assert not maxsim_op._are_few(index[:0], 2 * length)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("per_image", [False, True])
+def test_what_is_cut_to_fit_caches_is_put_together_again(monkeypatch, k, per_image):
+    tokens, texts = draw(5, 7, 9, 4, per_image=per_image)
+    options = {"k": k, "select": "exact", "with_index": True, "chunk_bytes": 2**20}
+    expected = streamed(tokens, texts, **options)
+    monkeypatch.setattr(maxsim_op, "_NEAR", 4)
+    assert maxsim_op._chunk_sizes(tokens, texts, k, "exact", 2**20) == (1, 4)
+    for one, other in zip(streamed(tokens, texts, **options), expected):
+        torch.testing.assert_close(one, other)
