@@ -26,8 +26,8 @@ from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.data.shapes import ShapesSpec
 from czsl_heads.functional import czsl_scores, mask_infeasible, search_threshold
 from czsl_heads.functional.feasibility import Masking
-from czsl_heads.training.ablate import environment
 from czsl_heads.training.config import configure
+from czsl_heads.training.environment import environment
 from czsl_heads.training.folder import open_folder
 from czsl_heads.training.loaders import eval_loader
 from czsl_heads.training.open_world import feasibility_table

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.measure import RESULTS
 from czsl_heads._files import read_json, write_json
-from czsl_heads.training.ablate import environment
+from czsl_heads.training.environment import environment
 
 MINUTES = 20
 Steps = dict[str, tuple[str, ...]]

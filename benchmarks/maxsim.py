@@ -196,7 +196,16 @@ def maxsim_of(tokens: Tensor, texts: Tensor, index: Tensor) -> Tensor:
     )
 
 
-def run(device: str) -> None:
+def main(threads: int | None = None, name: str = "maxsim") -> None:
+    """Measure, print and write ``results/NAME-DEVICE.json``.
+
+    Args:
+        threads: Of the CPU; default: as many as torch takes.
+        name: Of the results.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if threads is not None:
+        torch.set_num_threads(threads)
     shapes = [(name, sizes, True) for name, sizes in TRAINING.items()]
     shapes += [(name, sizes, False) for name, sizes in OPEN_WORLD.items()]
     dtypes = [torch.float32]
@@ -212,7 +221,7 @@ def run(device: str) -> None:
     for case in found:
         print(case)
     question = "How fast is maxsim, and what does a bfloat16 selection change?"
-    write_results(f"maxsim-{device}", question, SEED, {"rows": rows, "selection": found})
+    write_results(f"{name}-{device}", question, SEED, {"rows": rows, "selection": found})
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -228,4 +237,6 @@ def _line(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run("cuda" if torch.cuda.is_available() else "cpu")
+    from jsonargparse import auto_cli
+
+    auto_cli(main, as_positional=False)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from czsl_heads._files import write_json
-from czsl_heads.training.ablate import environment
+from czsl_heads.training.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 

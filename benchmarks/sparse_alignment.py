@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.variants import run_variants, variant
 from czsl_heads._files import read_json, write_json
 from czsl_heads.encoders.tiny import RECORD
-from czsl_heads.training.ablate import environment
+from czsl_heads.training.environment import environment
 from czsl_heads.training.options import load_options
 from czsl_heads.training.pretrain_tiny import PretrainSpec, pretrain
 from czsl_heads.training.rows import Row

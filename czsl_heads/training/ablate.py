@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from czsl_heads._files import plain
 from czsl_heads._sealed import DamagedError, read_sealed, write_sealed
@@ -18,6 +13,7 @@ from czsl_heads.data.layout import CompositionDataset
 from czsl_heads.models.saved import RECORD, RESULTS, SCHEMA, read_results
 from czsl_heads.training.chance import at_chance, chance_of
 from czsl_heads.training.config import Config
+from czsl_heads.training.environment import environment
 from czsl_heads.training.folder import open_folder
 from czsl_heads.training.holder import Holder
 from czsl_heads.training.open_world import OpenWorld, kept_open_world
@@ -185,20 +181,6 @@ def describe(dataset: CompositionDataset) -> dict[str, Any]:
         "objects": len(dataset.space.objects),
         "pairs": {name: len(pairs) for name, pairs in dataset.split_pairs.items()},
         "images": {name: len(samples) for name, samples in dataset.samples.items()},
-    }
-
-
-def environment() -> dict[str, Any]:
-    """Hardware and versions, for a results file."""
-    packages = ("czsl-heads", "torch", "open_clip_torch", "lightning", "torchmetrics", "numpy")
-    return {
-        "hardware": {
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }
 
 

@@ -15,9 +15,10 @@ from czsl_heads.functional.feasibility import Masking
 from czsl_heads.models.recipe import from_plain
 from czsl_heads.models.saved import CONFIG, RESULTS, read_results, read_saved, space_from_dict
 from czsl_heads.space import CompositionSpace
-from czsl_heads.training.ablate import compared, describe, environment, row_results
+from czsl_heads.training.ablate import compared, describe, row_results
 from czsl_heads.training.chance import at_chance, chance_of
 from czsl_heads.training.config import OPEN_WORLD, Config, reading_of
+from czsl_heads.training.environment import environment
 from czsl_heads.training.evaluate import Evaluation
 from czsl_heads.training.folder import read_settings
 from czsl_heads.training.open_world import OpenWorld, feasibility_table

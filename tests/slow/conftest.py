@@ -17,6 +17,6 @@ def pytest_sessionfinish(session):
     if not _found or session.config.option.keyword or any("::" in argument for argument in session.config.args):
         return
     from czsl_heads._files import write_json
-    from czsl_heads.training.ablate import environment
+    from czsl_heads.training.environment import environment
 
     write_json(RESULTS, {"command": "make slow", "environment": environment(), "tests": _found})
