@@ -30,7 +30,7 @@ STEPS: Steps = {
     "tests": ("pytest", "-m", "gpu", "tests/gpu", "-o", "filterwarnings=default"),
     "maxsim": ("benchmarks.maxsim",),
     "preset_steps": ("benchmarks.preset_steps",),
-    "frozen_towers": ("benchmarks.frozen_towers", "--rounds", "5"),
+    "frozen_towers": ("benchmarks.frozen_towers", "--batch", "16", "--texts", "64"),
     "encoders": ("benchmarks.encoders", "--rounds", "7"),
     "loader": ("benchmarks.loader",),
     "troika_memory": ("benchmarks.troika_memory",),
@@ -54,18 +54,19 @@ def run_steps(steps: Steps, path: Path, *, device: str, again: bool = False, sec
     Returns:
         0 if all steps have passed, else 1.
     """
-    before = read_json(path) if path.exists() and not again else {}
-    known: dict[str, Any] = before.get("steps", {}) if before.get("device") == device else {}
-    found = {name: record for name, record in known.items() if name in steps and record["passed"]}
+    before = read_json(path) if path.exists() else {}
+    found: dict[str, Any] = before.get("steps", {}) if before.get("device") == device else {}
+    wanted = [name for name in steps if again or not found.get(name, {"passed": False})["passed"]]
     end = time.monotonic() + seconds
-    for name, (module, *arguments) in steps.items():
+    for name in wanted:
         left = end - time.monotonic()
-        if name in found or left <= 0:
-            continue
+        if left <= 0:
+            break
+        module, *arguments = steps[name]
         print(f"{name}: python -m {module} {' '.join(arguments)}", flush=True)
         found[name] = _run([sys.executable, "-m", module, *arguments], left)
         print(f"{name}: {'passed' if found[name]['passed'] else 'FAILED'} in {found[name]['seconds']} s", flush=True)
-        ordered = {name: found[name] for name in steps if name in found}
+        ordered = {name: found[name] for name in dict.fromkeys([*STEPS, *found]) if name in found}
         write_json(path, {"device": device, "environment": environment(), "steps": ordered})
     missing = [name for name in steps if not found.get(name, {"passed": False})["passed"]]
     if missing:

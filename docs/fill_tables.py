@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -558,11 +559,17 @@ def dense_table() -> str:
 
 def of_gap(name: str) -> Callable[[], str]:
     """A table of ``gap_tables.py``."""
+    return _of("gap_tables", name)
 
+
+def of_scale(name: str) -> Callable[[], str]:
+    """A table of ``scale_tables.py``."""
+    return _of("scale_tables", name)
+
+
+def _of(module: str, name: str) -> Callable[[], str]:
     def table() -> str:
-        from docs import gap_tables
-
-        made: str = getattr(gap_tables, name)()
+        made: str = getattr(import_module(f"docs.{module}"), name)()
         return made
 
     return table
@@ -663,6 +670,15 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "whole-files": whole_files_facts,
         "experts": of_gap("experts_table"),
         "experts-share": of_gap("experts_share"),
+        "maxsim-threads": of_scale("maxsim_threads_table"),
+        "threads": of_scale("threads_table"),
+        "frozen-towers": of_scale("frozen_towers_table"),
+    },
+    "scale.md": {
+        "shared-time": of_scale("shared_time_table"),
+        "shared-memory": of_scale("shared_memory_table"),
+        "loader": of_scale("loader_table"),
+        "loader-h100": of_scale("loader_h100_table"),
     },
 }
 

@@ -89,7 +89,7 @@ def _same_dataset(run: Path, config: dict[str, Any], folder: Path) -> Compositio
 
 
 def one_device(trainer: dict[str, Any]) -> dict[str, Any]:
-    """Flags of a training, for scoring: each of several processes would score everything."""
+    """Flags of a training, for scoring: what was trained on eight devices may be scored on a laptop."""
     return {name: value for name, value in trainer.items() if name not in ("devices", "strategy", "num_nodes")}
 
 
