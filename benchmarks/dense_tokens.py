@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -22,6 +21,7 @@ from czsl_heads import wrap
 from czsl_heads.data import CompositionDataset, make_shapes, read_dataset
 from czsl_heads.data.layout import open_image
 from czsl_heads.encoders.dense import Dense
+from czsl_heads.encoders.restricted import patches_touched
 from czsl_heads.functional import alignment
 from czsl_heads.metrics import CZSLScore
 from czsl_heads.report.maps import alignment_map, centres_inside, crop_transform, points_inside
@@ -42,11 +42,6 @@ def read_images(dataset: CompositionDataset, encoder: Any) -> tuple[Tensor, Tens
         masks.append(pil_to_tensor(crop(open_image(path).convert("L")))[0] > 127)
     columns = torch.tensor([sample.column for sample in samples])
     return torch.stack(images), columns, torch.stack(masks)
-
-
-def touching(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Whether any pixel of each patch is inside the mask, ``[batch, rows, columns]``."""
-    return F.adaptive_max_pool2d(masks.float()[:, None], grid)[:, 0] > 0
 
 
 def share(hits: Tensor) -> dict[str, float]:
@@ -73,7 +68,7 @@ def main(test_per_pair: int = 20) -> None:
         dataset = read_dataset(make_shapes(Path(folder) / "shapes", seed=SEED, test_per_pair=test_per_pair))
         encoder = wrap("tiny")
         images, columns, masks = read_images(dataset, encoder)
-    inside = {"centre": centres_inside(masks, encoder.grid), "any_pixel": touching(masks, encoder.grid)}
+    inside = {"centre": centres_inside(masks, encoder.grid), "any_pixel": patches_touched(masks, encoder.grid)}
     texts = encoder.encode_texts([f"{CONTEXT} {attribute} {obj}" for attribute, obj in dataset.space])
 
     rows: dict[str, dict[str, Any]] = {}

@@ -206,16 +206,16 @@ def main(threads: int | None = None, name: str = "maxsim") -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if threads is not None:
         torch.set_num_threads(threads)
-    shapes = [(name, sizes, True) for name, sizes in TRAINING.items()]
-    shapes += [(name, sizes, False) for name, sizes in OPEN_WORLD.items()]
+    shapes = [(shape, sizes, True) for shape, sizes in TRAINING.items()]
+    shapes += [(shape, sizes, False) for shape, sizes in OPEN_WORLD.items()]
     dtypes = [torch.float32]
     if device == "cuda":
-        shapes += [(name, sizes, False) for name, sizes in CUDA_TARGET.items()]
+        shapes += [(shape, sizes, False) for shape, sizes in CUDA_TARGET.items()]
         dtypes.append(torch.bfloat16)
     rows = []
     for dtype in dtypes:
-        for name, (images, texts), backward in shapes:
-            rows.append({"shape": name, **measure(images, texts, device, dtype, backward=backward)})
+        for shape, (images, texts), backward in shapes:
+            rows.append({"shape": shape, **measure(images, texts, device, dtype, backward=backward)})
             print(_line(rows[-1]), flush=True)
     found = selection()
     for case in found:

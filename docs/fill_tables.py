@@ -624,6 +624,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "gap": gap_table,
         "patches": patches_table,
         "reasons": reasons_table,
+        "head-room": of_scale("head_room_table"),
     },
     "baseline_results.md": {
         "alignment": alignment_table,

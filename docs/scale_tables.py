@@ -1,4 +1,4 @@
-"""The tables of processes, threads, loaders and towers; ``fill_tables.py`` puts them into their pages."""
+"""The tables of processes, threads, loaders, towers and regions; ``fill_tables.py`` puts them into their pages."""
 
 import json
 from pathlib import Path
@@ -25,8 +25,9 @@ def markdown(headings: list[str], rows: list[list[str]]) -> str:
 def shared_time_table() -> str:
     found = benchmark("shared_evaluation")["time"]
     seconds = found["seconds"]
-    cells = [[f"{found['images']}", f"{seconds['1']:.1f}", f"{seconds['2']:.1f}", f"{found['times_faster']:.2f}"]]
-    return markdown(["images", "one process, s", "two, s", "times faster"], cells)
+    ratios = [f"{found[name]:.2f}" for name in ("times_faster", "machine_allows")]
+    cells = [[f"{found['images']}", f"{seconds['1']:.1f}", f"{seconds['2']:.1f}", *ratios]]
+    return markdown(["images", "one process, s", "two, s", "times faster", "as much as two cores allow"], cells)
 
 
 def shared_memory_table() -> str:
@@ -86,6 +87,18 @@ def threads_table() -> str:
         cells.append([str(row["busy_cores"]), *times.values(), str(row["chosen"])])
     numbers = benchmark("threads")["rows"][0]["times_one_thread"]
     return markdown(["busy cores", *(f"{number} threads" for number in numbers), "chosen"], cells)
+
+
+def head_room_table() -> str:
+    cells = []
+    for row in benchmark("head_room")["rows"]:
+        oracles = {name: value for name, value in row.items() if name.startswith("oracle_")}
+        line = [f"{row['imbalance']:g}", f"{100 * row['image_feature']:.1f}"]
+        line += [f"{100 * value:.1f}" for value in oracles.values()]
+        best = max(oracles.values()) - row["image_feature"]
+        cells.append([*line, f"{100 * best:+.1f}"])
+    headings = [f"told in the last {number}" for number in range(1, len(oracles) + 1)]
+    return markdown(["imbalance", "[CLS]", *headings, "head-room, the best of these"], cells)
 
 
 def maxsim_threads_table() -> str:

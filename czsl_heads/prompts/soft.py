@@ -183,14 +183,13 @@ class SoftPrompts(nn.Module):
 
     def _features(self, encode: Callable[[Tensor], Tensor], prompts: Tensor) -> Tensor:
         """Prompts, as rows of their tables ``[prompts, tables]``, to unit rows ``[prompts, dim]``."""
-        chunks = [prompts]
         if not torch.is_grad_enabled():
-            chunks = [*prompts.split(_ROWS)]
-        elif self._checkpoints():
+            return _in_parts(lambda part: _unit(encode(part)), prompts)
+        chunks = [prompts]
+        if self._checkpoints():
             chunks = [*prompts.split(_CHECKPOINTED_ROWS)]
             encode = partial(run_again_in_backward, encode, use_reentrant=False)
-        features = torch.cat([*map(encode, chunks)])  # [prompts, dim]
-        return unit_vectors(features).to(features.dtype)
+        return _unit(torch.cat([*map(encode, chunks)]))  # [prompts, dim]
 
     def _encodings(
         self, contexts: Sequence[Tensor], kinds: Sequence[tuple[Tensor, ...]]
@@ -264,3 +263,22 @@ def _mean_embeddings(encoder: Encoder, names: list[str]) -> Tensor:
 def _text_start(encoder: Encoder) -> int:
     """Tokens before the first word of a text; an encoder that does not say has an [SOS]."""
     return int(getattr(encoder, "text_start", 1))
+
+
+def _unit(features: Tensor) -> Tensor:
+    return unit_vectors(features).to(features.dtype)
+
+
+def _in_parts(encode: Callable[[Tensor], Tensor], prompts: Tensor) -> Tensor:
+    """Rows ``[prompts, dim]``, encoded part by part, of which one is held beside the result: there may be many."""
+    first, *others = prompts.split(_ROWS)
+    rows = encode(first)
+    if not others:
+        return rows
+    features = rows.new_empty(len(prompts), rows.shape[1])
+    features[: len(rows)] = rows
+    start = len(rows)
+    for part in others:
+        features[start : start + len(part)] = encode(part)
+        start += len(part)
+    return features

@@ -61,17 +61,19 @@ def take_up(number: int) -> None:
 def fastest(encode: Callable[[Tensor], object], images: Tensor, most: int) -> int:
     """The number of threads, 1 or doubled up to ``most``, that encodes images fastest; ``most`` if that takes long."""
     numbers = {most, *(2**power for power in range(most.bit_length()) if 2**power < most)}
-    encode(images)  # the first time, much is made that stays
-    start = time.perf_counter()
-    encode(images)
-    if time.perf_counter() - start > SMALL:
-        return most
+    for some in (images[:1], images):  # the first time, much is made that stays
+        if _seconds(encode, some) > SMALL:
+            return most
     seconds: dict[int, list[float]] = {number: [] for number in sorted(numbers)}
     for _ in range(_ROUNDS):
         for number, measured in seconds.items():
             torch.set_num_threads(number)
             encode(images)  # threads are started at the first call
-            start = time.perf_counter()
-            encode(images)
-            measured.append(time.perf_counter() - start)
+            measured.append(_seconds(encode, images))
     return min(seconds, key=lambda number: median(seconds[number]))
+
+
+def _seconds(encode: Callable[[Tensor], object], images: Tensor) -> float:
+    start = time.perf_counter()
+    encode(images)
+    return time.perf_counter() - start

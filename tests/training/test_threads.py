@@ -40,8 +40,19 @@ def test_the_fastest_number_is_taken(best: int) -> None:
 
 
 def test_what_takes_long_is_not_tried_on_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALL", 0.02)
+    encoded = []
+
+    def encode(images):
+        encoded.append(len(images))
+        time.sleep(0.015 * len(images))
+
+    assert fastest(encode, IMAGES, 4) == 4
+    assert encoded == [1, 2]  # one image is quick, two are not
+    encoded.clear()
     monkeypatch.setattr(module, "SMALL", 0.001)
-    assert fastest(encoder_that_likes(1, 0.002), IMAGES, 4) == 4
+    assert fastest(encode, IMAGES, 4) == 4
+    assert encoded == [1]
 
 
 def trainer_on(device: str, processes: int = 1):
