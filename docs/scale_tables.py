@@ -86,7 +86,7 @@ def threads_table() -> str:
         times = {number: f"{ratio:.2f}" for number, ratio in row["times_one_thread"].items()}
         cells.append([str(row["busy_cores"]), *times.values(), str(row["chosen"])])
     numbers = benchmark("threads")["rows"][0]["times_one_thread"]
-    return markdown(["busy cores", *(f"{number} threads" for number in numbers), "chosen"], cells)
+    return markdown(["busy cores", *(f"threads: {number}" for number in numbers), "chosen"], cells)
 
 
 def head_room_table() -> str:

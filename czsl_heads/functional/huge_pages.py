@@ -17,8 +17,7 @@ _MADV_HUGEPAGE = 14
 def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """As ``torch.empty`` on the CPU, of which pages may be large where the system has such: not on every one.
 
-    A tensor of more than 32 MB is always new memory, and every 4 kB of it interrupts the process at the first touch: 50
-    MB took longer to be zeroed than a product that fills them takes.
+    A tensor of more than 32 MB is always new memory, and every 4 kB of it interrupts the process at the first touch.
 
     Args:
         shape, dtype: Of the tensor.

@@ -82,7 +82,6 @@ def loader_rates(
     if not dataset.samples[split]:
         raise ValueError(f"expected `split` with images, got {split!r} without any")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    out.mkdir(parents=True, exist_ok=True)
 
     few = replace(dataset, samples={**dataset.samples, split: dataset.samples[split][:most_images]})
     preprocess: Any = None
@@ -93,6 +92,7 @@ def loader_rates(
         rates[name] = {use: encoder_rate(encoder, use, batch_size, precision) for use in USES}
         del encoder  # the next one has its memory
 
+    out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory(dir=out, prefix=".pictures-") as folder:
         ways = {"files": replace(few, cache_dir=None), "decoded once": replace(few, cache_dir=Path(folder))}
@@ -141,11 +141,11 @@ def _loader_rate(images: Any, use: str, batch_size: int, workers: int, device: s
         loader = eval_loader(images, batch_size, workers=workers)
     ahead = min(1 + 2 * workers, len(loader) // 2)
     loaded, start = 0, _now(device)
-    for turn, (batch, _) in enumerate(loader):
-        if turn == ahead:
-            loaded, start = 0, _now(device)
+    for turn, (batch, _) in enumerate(loader, start=1):
         batch.to(device, non_blocking=True)
         loaded += len(batch)
+        if turn == ahead:
+            loaded, start = 0, _now(device)
     return round(loaded / (_now(device) - start))
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from czsl_heads import wrap
 from czsl_heads.cli import main
 from czsl_heads.data import CompositionDataset, read_dataset
+from czsl_heads.data.layout import ImageSplit
 from czsl_heads.training import loader_rates as module
 from czsl_heads.training.loader_rates import COLUMNS, loader_rates
 
@@ -57,6 +59,25 @@ def test_rates_count_images_by_the_clock(dataset, tmp_path, monkeypatch) -> None
     assert first["loader_images_per_second"] == 3  # of four batches the first was not waited for
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 1000])
+def test_what_was_loaded_while_nobody_looked_at_the_clock_is_not_counted(dataset, tmp_path, monkeypatch, batch_size):
+    """A clock that goes on by one with each picture: whatever the batches, one picture is loaded per second."""
+    read = []
+    picture = ImageSplit.picture
+    monkeypatch.setattr(ImageSplit, "picture", lambda self, number: read.append(number) or picture(self, number))
+    monkeypatch.setattr(module, "encoder_rate", lambda *given: 1)
+    monkeypatch.setattr(module, "_now", lambda device: float(len(read)))
+    images = dataset.images("val", wrap("tiny").transform(), seed=0)
+    for use in module.USES:
+        assert module._loader_rate(images, use, batch_size, 0, "cpu") == 1
+
+
+def test_an_encoder_that_is_not_there_leaves_no_folder(dataset, tmp_path) -> None:
+    with pytest.raises(ValueError, match="did you mean tiny"):
+        loader_rates(["tinny"], dataset, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 8])
 def test_the_numbers_of_workers_are_doubled_up_to_the_most(monkeypatch, most: int) -> None:
     monkeypatch.setattr(module, "count_workers", lambda workers: most)
@@ -85,8 +106,6 @@ def test_flags_that_mean_nothing_to_loaders_are_refused(shapes_root: Path, tmp_p
 
 
 def test_training_runs_backward_and_evaluation_does_not() -> None:
-    from czsl_heads import wrap
-
     for use, adapted in (("evaluation", False), ("training", True)):
         encoder = wrap("tiny")
         assert module.encoder_rate(encoder, use, 2, "bf16-mixed") > 0
